@@ -1,0 +1,125 @@
+"""Repairs that let mmengine 0.10 run on current torch versions.
+
+``import mmdeform`` applies them; a config needs nothing but its ``custom_imports``. Each repair names
+the failure it removes, changes nothing else, can be applied any number of times, and does nothing
+where mmengine is not installed.
+"""
+
+import functools
+import importlib.util
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["apply", "allow_mmengine_checkpoints", "enable_cpu_distributed_training"]
+
+
+def apply() -> None:
+    """Apply every repair of this module.
+
+    Without mmengine there is nothing to repair and nothing happens. An mmengine that cannot be
+    imported (for example because OpenCV lacks a system library) is reported as a warning, because
+    the operators of this package do not need it.
+    """
+    if importlib.util.find_spec("mmengine") is None:
+        return
+    try:
+        allow_mmengine_checkpoints()
+        enable_cpu_distributed_training()
+    except ImportError as error:
+        warnings.warn(
+            f"mmengine is installed but cannot be imported ({error}); mmdeform's operators work, "
+            "its detectors will not",
+            stacklevel=2,
+        )
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load`` read the checkpoints that mmengine writes.
+
+    Failure: since torch 2.6 ``torch.load`` refuses every type it does not know, and mmengine's
+    checkpoints hold ``HistoryBuffer`` objects, so that resume, ``load_from``, ``tools/test.py`` and
+    ``DetInferencer`` stop with ``Weights only load failed``. The check stays on: only what a
+    ``HistoryBuffer`` consists of is allowed, and of ``getattr``, which its pickle calls to find the
+    statistics methods, only a version that knows nothing but those methods.
+    """
+    from mmengine.logging import HistoryBuffer
+
+    multiarray = getattr(np, "_core", None) or np.core  # renamed in numpy 2
+    multiarray = multiarray.multiarray
+    allowed: list[Any] = [HistoryBuffer, (_history_buffer_getattr, "builtins.getattr")]
+    allowed += [np.ndarray, np.dtype]
+    for package in ("numpy._core", "numpy.core"):  # a checkpoint may come from either numpy
+        allowed.append((multiarray._reconstruct, f"{package}.multiarray._reconstruct"))
+        allowed.append((multiarray.scalar, f"{package}.multiarray.scalar"))
+    # Numbers and booleans: never objects, whose arrays can hold anything.
+    allowed += sorted({type(np.dtype(code)) for code in "?bhilqBHILQefdFD"}, key=str)
+    torch.serialization.add_safe_globals(allowed)
+
+
+def _history_buffer_getattr(owner: Any, name: str) -> Any:
+    """``getattr`` for checkpoints: statistics methods of mmengine's ``HistoryBuffer`` only."""
+    from mmengine.logging import HistoryBuffer
+
+    # Not HistoryBuffer._statistics_methods: a checkpoint can add to that table.
+    allowed = ("current", "max", "mean", "min")
+    if owner is not HistoryBuffer or name not in allowed:
+        raise ValueError(
+            f"a checkpoint may read {allowed} of HistoryBuffer, but this one reads {name!r} of "
+            f"{owner!r}; do not load files from a source you do not trust"
+        )
+    return getattr(HistoryBuffer, name)
+
+
+def enable_cpu_distributed_training() -> None:
+    """Let mmengine train in several processes on the CPU.
+
+    Failures, all of them on machines without CUDA:
+
+    - ``init_dist`` selects a CUDA device before it creates the process group (``module 'torch._C'
+      has no attribute '_cuda_setDevice'``), and mmdet's default backend is nccl. The group is made
+      with gloo instead, with a warning where the config asked for another backend.
+    - the model wrapper passes ``device_ids``, which ``DistributedDataParallel`` refuses for a model
+      whose parameters are on the CPU. They are left out for such models.
+    """
+    from mmengine.dist import utils
+    from mmengine.model import MMDistributedDataParallel
+
+    if not hasattr(utils._init_dist_pytorch, "__wrapped__"):
+        utils._init_dist_pytorch = _gloo_without_accelerator(utils._init_dist_pytorch)
+    if not hasattr(MMDistributedDataParallel.__init__, "__wrapped__"):
+        MMDistributedDataParallel.__init__ = _no_device_ids_on_cpu(
+            MMDistributedDataParallel.__init__
+        )
+
+
+def _gloo_without_accelerator(init_dist_pytorch: Any) -> Any:
+    @functools.wraps(init_dist_pytorch)
+    def wrapper(backend: str, *args: Any, **kwargs: Any) -> None:
+        from mmengine.device import get_device
+
+        if get_device() != "cpu":
+            init_dist_pytorch(backend, *args, **kwargs)
+            return
+        if backend != "gloo":
+            warnings.warn(
+                f"there is no accelerator here: training in several processes uses the backend "
+                f"'gloo' instead of '{backend}'",
+                stacklevel=2,
+            )
+        kwargs.pop("init_backend", None)
+        torch.distributed.init_process_group(backend="gloo", **kwargs)
+
+    return wrapper
+
+
+def _no_device_ids_on_cpu(init: Any) -> Any:
+    @functools.wraps(init)
+    def wrapper(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            kwargs["device_ids"] = None
+        init(self, module, *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,14 @@
+"""Operators as functions; needs torch alone."""
+
+from . import _library
+from .deform_conv2d import deform_conv2d, deform_conv2d_reference
+from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
+
+_library.load()
+
+__all__ = [
+    "deform_conv2d",
+    "deform_conv2d_reference",
+    "ms_deform_attn",
+    "ms_deform_attn_reference",
+]
