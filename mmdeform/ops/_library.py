@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C import DispatchKey
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "mmdeform"
@@ -194,11 +195,16 @@ def reference_gradients(
     inputs: tuple[torch.Tensor | None, ...],
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of a reference by autograd; an absent input gets an empty tensor."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    with torch.enable_grad():
+    # Inside an operator's kernel autograd is switched off; here it is the implementation.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (DispatchKey.AutogradFunctionality, DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        wanted = [leaf for leaf in leaves if leaf is not None]
         output = function(*leaves)
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
     results = []
     for leaf in leaves:
         if leaf is None:

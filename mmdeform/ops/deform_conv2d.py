@@ -95,7 +95,7 @@ def deform_conv2d_reference(
     output = output.reshape(batch, out_channels, out_h, out_w)
     if bias is not None:
         output = output + bias.to(dtype)[:, None, None]
-    return output.to(input.dtype)
+    return output.to(input.dtype).contiguous()
 
 
 def _backward_reference(

@@ -41,7 +41,7 @@ def ms_deform_attn_reference(
             gathered = pixels.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, channels))
             gathered = gathered.unflatten(2, (queries, points))
             output = output + torch.einsum("nmqpc,nmqp->nmqc", gathered, weights * corner_weight)
-    return output.transpose(1, 2).flatten(2).to(value.dtype)
+    return output.transpose(1, 2).flatten(2).to(value.dtype).contiguous()
 
 
 def _backward_reference(
