@@ -1,0 +1,103 @@
+// SIMD vectors for kernels compiled once per capability (see capability.h).
+#pragma once
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#include <cstdint>
+
+#include "cpu/capability.h"
+#include "cpu/storage.h"
+
+namespace mmdeform {
+namespace MMDEFORM_CPU_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+
+// A register of accumulation type A (float or double).
+template <typename A>
+using Vec = typename VecOf<A>::type;
+
+template <typename A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename A>
+inline Vec<A> load(const A* from) {
+  Vec<A> result;
+  __builtin_memcpy(&result, from, sizeof(result));
+  return result;
+}
+
+template <typename A>
+inline void store(A* to, Vec<A> from) {
+  __builtin_memcpy(to, &from, sizeof(from));
+}
+
+inline Vec<float> load(const BFloat16* from) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  Narrow bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Wide) << 16);
+}
+
+inline Vec<float> load(const Half* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec<float> result;
+  for (int i = 0; i < kLanes<float>; ++i) result[i] = widen(from[i]);
+  return result;
+#endif
+}
+
+inline void store(BFloat16* to, Vec<float> from) {
+  for (int i = 0; i < kLanes<float>; ++i) to[i] = narrow<BFloat16>(from[i]);
+}
+
+inline void store(Half* to, Vec<float> from) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(from, 0));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(from, 0));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) to[i] = narrow<Half>(from[i]);
+#endif
+}
+
+template <typename A>
+inline Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+
+template <typename A>
+inline A sum(Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps(v);
+#endif
+  A total = 0;
+  for (int i = 0; i < kLanes<A>; ++i) total += v[i];
+  return total;
+}
+
+}  // namespace MMDEFORM_CPU_NAMESPACE
+}  // namespace mmdeform
