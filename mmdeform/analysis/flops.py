@@ -1,0 +1,46 @@
+"""Makes mmengine's ``get_model_complexity_info`` count the operators of ``mmdeform.ops``.
+
+mmdet's ``tools/analysis_tools/get_flops.py`` uses it too. Importing this module is enough. The
+formulas are those that ``mmdeform.ops`` registers with ``torch.utils.flop_counter``; they are
+halved, because mmengine counts a multiply-add once where torch counts it twice.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.analysis import complexity_analysis
+from torch.utils.flop_counter import flop_registry
+
+import mmdeform.ops  # registers the formulas  # noqa: F401
+
+__all__ = ["register_flop_counters"]
+
+
+def register_flop_counters() -> None:
+    """Adds every operator of mmdeform that has a FLOP formula to mmengine's tables."""
+    for operator, formula in flop_registry.items():
+        name = str(operator).replace(".", "::")
+        if name.startswith("mmdeform::"):
+            complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[name] = _flop_handle(formula)
+            complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[name] = _output_elements
+
+
+def _flop_handle(formula: Callable[..., int]) -> Callable[[list, list], int]:
+    def handle(inputs: list, outputs: list) -> int:
+        shapes = [_shape(value) for value in inputs]
+        return formula(*shapes, out_val=_shape(outputs[0])) // 2
+
+    return handle
+
+
+def _output_elements(inputs: list, outputs: list) -> int:
+    return math.prod(_shape(outputs[0]))
+
+
+def _shape(value: Any) -> list[int] | None:
+    """Shape of a tensor in a traced graph; None for what is not a tensor."""
+    return value.type().sizes() if value.isCompleteTensor() else None
+
+
+register_flop_counters()
