@@ -10,14 +10,13 @@ import importlib.util
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 
-__all__ = ["apply", "allow_mmengine_checkpoints", "enable_cpu_distributed_training"]
+__all__ = ["allow_mmengine_checkpoints", "enable_cpu_distributed_training"]
 
 
-def apply() -> None:
-    """Apply every repair of this module.
+def _apply() -> None:
+    """Applies every repair of this module.
 
     Without mmengine there is nothing to repair and nothing happens. An mmengine that cannot be
     imported (for example because OpenCV lacks a system library) is reported as a warning, because
@@ -45,10 +44,10 @@ def allow_mmengine_checkpoints() -> None:
     ``HistoryBuffer`` consists of is allowed, and of ``getattr``, which its pickle calls to find the
     statistics methods, only a version that knows nothing but those methods.
     """
+    import numpy as np  # torch alone does not need it
     from mmengine.logging import HistoryBuffer
 
-    multiarray = getattr(np, "_core", None) or np.core  # renamed in numpy 2
-    multiarray = multiarray.multiarray
+    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # numpy 2 renamed it
     allowed: list[Any] = [HistoryBuffer, (_history_buffer_getattr, "builtins.getattr")]
     allowed += [np.ndarray, np.dtype]
     for package in ("numpy._core", "numpy.core"):  # a checkpoint may come from either numpy
@@ -123,3 +122,6 @@ def _no_device_ids_on_cpu(init: Any) -> Any:
         init(self, module, *args, **kwargs)
 
     return wrapper
+
+
+_apply()

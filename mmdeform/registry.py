@@ -15,5 +15,5 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope="mmdeform",
     # mmdeform.analysis registers no module: it brings the FLOP counters to models of any config.
-    locations=["mmdeform.layers", "mmdeform.analysis"],
+    locations=["mmdeform.layers", "mmdeform.models", "mmdeform.analysis"],
 )

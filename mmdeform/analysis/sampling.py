@@ -1,0 +1,178 @@
+"""Where deformable convolutions sample: points of one layer, or of several layers in a row.
+
+    with record_sampling(detector, image_size=(160, 160)) as layers:
+        detector.test_step(batch)
+    points, weights = trace_points(list(layers.values())[-3:], x=80, y=60)  # 9**3 points
+
+Positions in an image are (x, y) in pixels; pixel i has its centre at i, as in the operators.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LayerSampling", "offsets_to_locations", "record_sampling", "trace_points"]
+
+
+@dataclass(frozen=True)
+class LayerSampling:
+    """What one deformable convolution sampled in one forward pass.
+
+    Attributes:
+        name: Name of the layer in its model.
+        locations: Sampling locations (x, y) in pixels of the image, shape (N, D, K, Ho, Wo, 2) for D
+            deform groups and K taps.
+        weights: Modulation of each sample, shape (N, D, K, Ho, Wo); ones where the layer has none.
+        stride: Distance (x, y) of neighbouring outputs in pixels of the image.
+    """
+
+    name: str
+    locations: Tensor
+    weights: Tensor
+    stride: tuple[float, float]
+
+
+def offsets_to_locations(
+    offset: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """Turns the offsets of a deformable convolution into the places where it samples.
+
+    Args:
+        offset: Offsets in input pixels, shape (N, D*Kh*Kw*2, Ho, Wo), channels ordered as deform
+            group, tap (row-major), then (dy, dx).
+        kernel_size: (Kh, Kw).
+        stride: (vertical, horizontal).
+        padding: (vertical, horizontal).
+        dilation: (vertical, horizontal).
+
+    Returns:
+        Locations (x, y) in pixels of the layer's input, shape (N, D, Kh*Kw, Ho, Wo, 2).
+    """
+    batch, channels, height, width = offset.shape
+    taps = kernel_size[0] * kernel_size[1]
+    if channels % (2 * taps):
+        raise ValueError(
+            f"offset must have a multiple of 2 * {kernel_size[0]} * {kernel_size[1]} channels, "
+            f"but has shape {tuple(offset.shape)}"
+        )
+    axes = []  # positions along each axis before the offset: (taps of the axis, outputs of the axis)
+    for axis, outputs in enumerate((height, width)):
+        starts = torch.arange(outputs, device=offset.device) * stride[axis] - padding[axis]
+        steps = torch.arange(kernel_size[axis], device=offset.device) * dilation[axis]
+        axes.append(steps[:, None] + starts)
+    y = axes[0][:, None, :, None].expand(*kernel_size, height, width).reshape(taps, height, width)
+    x = axes[1][None, :, None, :].expand(*kernel_size, height, width).reshape(taps, height, width)
+    offset = offset.view(batch, -1, taps, 2, height, width)
+    return torch.stack([x + offset[:, :, :, 1], y + offset[:, :, :, 0]], dim=-1)
+
+
+@contextmanager
+def record_sampling(
+    model: nn.Module, image_size: tuple[int, int]
+) -> Iterator[dict[str, LayerSampling]]:
+    """Records where the deformable convolutions of ``model`` sample while the block runs.
+
+    Args:
+        model: Any model with layers of ``mmdeform.layers`` that predict their own offsets.
+        image_size: (height, width) in pixels of the images the model is given, padding included.
+
+    Yields:
+        Sampling of each layer by its name, in the order in which the layers ran; of a layer that ran
+        more than once the last time.
+
+    Raises:
+        ValueError: If the model has no such layer.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if hasattr(module, "predict_offset")
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no deformable convolution of mmdeform that predicts its "
+            "own offsets; configure one with type='mmdeform.DCN' or type='mmdeform.DCNv2'"
+        )
+    record: dict[str, LayerSampling] = {}
+    hooks = [
+        layer.register_forward_hook(partial(_record_layer, record, name, image_size))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _record_layer(
+    record: dict[str, LayerSampling],
+    name: str,
+    image_size: tuple[int, int],
+    layer: nn.Module,
+    inputs: tuple[Tensor, ...],
+    output: Tensor,
+) -> None:
+    with torch.no_grad():
+        offset, mask = layer.predict_offset(inputs[0])
+    locations = offsets_to_locations(
+        offset, layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    )
+    # The layers before have odd kernels and are padded by half of them: pixel i of the map stands
+    # over pixel i * scale of the image, without a shift by half a pixel.
+    scale = [
+        image / feature for image, feature in zip(image_size, inputs[0].shape[-2:], strict=True)
+    ]
+    locations = locations * locations.new_tensor(scale[::-1])
+    if mask is None:
+        weights = torch.ones_like(locations[..., 0])
+    else:
+        weights = mask.view(locations.shape[:-1])
+    stride = (scale[1] * layer.stride[1], scale[0] * layer.stride[0])
+    record.pop(name, None)
+    record[name] = LayerSampling(name, locations, weights, stride)
+
+
+def trace_points(
+    layers: Sequence[LayerSampling], x: float, y: float, image: int = 0, group: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Follows one output of the last layer through the samples of all layers.
+
+    An output of the last layer reads K points. Each of them is, in the layer before, the output
+    nearest to it, which reads K points in turn, and so on: K**k points for k layers, as in figure 5
+    of "Deformable Convolutional Networks". Points beyond the border of a map, where there is
+    nothing to read, end there.
+
+    Args:
+        layers: Recorded layers in the order in which they run.
+        x, y: Position in the image, pixels; the nearest output of the last layer is followed.
+        image: Index in the batch. Default: 0.
+        group: Deform group. Default: 0.
+
+    Returns:
+        The points (x, y) in pixels of the image, shape (P, 2), and their weights, shape (P,): the
+        products of the modulations on the way.
+
+    Raises:
+        ValueError: If ``layers`` is empty.
+    """
+    if not layers:
+        raise ValueError("layers must name at least one recorded layer, but is empty")
+    points = layers[0].locations.new_tensor([[x, y]])
+    weights = points.new_ones(1)
+    for depth, layer in enumerate(reversed(layers)):
+        height, width = layer.locations.shape[3:5]
+        column, row = (points / points.new_tensor(layer.stride)).round().long().unbind(1)
+        if depth == 0:
+            column, row = column.clamp(0, width - 1), row.clamp(0, height - 1)
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        column, row, weights = column[inside], row[inside], weights[inside]
+        points = layer.locations[image, group][:, row, column].reshape(-1, 2)
+        weights = (layer.weights[image, group][:, row, column] * weights).reshape(-1)
+    return points, weights

@@ -1,0 +1,5 @@
+"""Detectors."""
+
+from .deformable_detr import DeformableDETR
+
+__all__ = ["DeformableDETR"]
