@@ -27,10 +27,8 @@ PIP = f"{shlex.quote(sys.executable)} -m pip"
 # mmcv's build and mmengine's `mmdet::` configs import pkg_resources, which setuptools has dropped.
 SETUPTOOLS = f"{PIP} install 'setuptools<81' wheel"
 MMENGINE = f"{PIP} install mmengine==0.10.7"
-MMCV = (
-    f"{SETUPTOOLS} && {PIP} install --no-build-isolation --no-cache-dir --force-reinstall --no-deps "
-    "mmcv==2.1.0"
-)
+# Not from pip's cache: its wheel may have been built for another torch.
+MMCV = f"{SETUPTOOLS} && {PIP} install --no-build-isolation --no-cache-dir mmcv==2.1.0"
 ENVIRONMENT = (
     "MMDEFORM_REQUIRE_EXT",
     "MMDEFORM_CPU_CAPABILITY",

@@ -9,6 +9,7 @@ Source: Dai et al., "Deformable Convolutional Networks" (2017); Zhu et al., "Def
 (2018).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mmcv.ops import deform_conv as mmcv_v1
 from mmcv.ops import modulated_deform_conv as mmcv_v2
 from mmengine.utils import deprecated_api_warning
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from mmdeform.ops import deform_conv2d
 from mmdeform.registry import MODELS
@@ -92,6 +94,8 @@ class _DeformConvMixin:
         )
 
     __repr__ = nn.Module.__repr__  # mmcv's v1 has one that hides conv_offset
+    # mmcv's announces an upgrade at every load; old keys are the parent's matter, see below.
+    _load_from_state_dict = nn.Module._load_from_state_dict
 
 
 @MODELS.register_module(["DeformConv2d", "DeformConv"])
@@ -308,3 +312,25 @@ def _offset_conv(layer: Any, channels_per_point: int) -> OffsetConv2d:
         layer.padding,
         layer.dilation,
     )
+
+
+def _rename_old_keys(name: str, parent: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    for parameter in ("weight", "bias"):
+        old = f"{prefix}{name}_offset.{parameter}"
+        new = f"{prefix}{name}.conv_offset.{parameter}"
+        if old in state_dict and new not in state_dict:
+            state_dict[new] = state_dict.pop(old)
+
+
+def _accept_old_keys(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Lets ``parent`` load checkpoints in which the offset layer stood beside the convolution.
+
+    Before version 2 the keys were ``conv2_offset.weight`` instead of ``conv2.conv_offset.weight``.
+    mmcv renames them when the convolution itself is loaded, but torch and mmengine now give a
+    module only the entries under its own name, so that its parent has to do it.
+    """
+    if isinstance(child, (DeformConv2dPack, ModulatedDeformConv2dPack)):
+        parent.register_load_state_dict_pre_hook(functools.partial(_rename_old_keys, name))
+
+
+register_module_module_registration_hook(_accept_old_keys)
