@@ -43,7 +43,9 @@ inline uint32_t bits_of_float(float value) {
 
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
+inline float widen(BFloat16 value) {
+  return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
+}
 inline float widen(Half value) {
   // Shift the exponent and mantissa into place and rescale by 2^112, which also makes subnormal
   // numbers right; infinities and NaN need the full exponent.
@@ -68,7 +70,7 @@ inline Half narrow<Half, float>(float value) {
   const uint32_t bits = bits_of_float(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};  // NaN
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};   // NaN
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to inf
   if (magnitude < 0x38800000u) {
     // Subnormal: adding 0.5 aligns the mantissa so that the addition itself rounds to nearest even.

@@ -89,14 +89,14 @@ inline Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 
+// Sum of the lanes, by halves.
 template <typename A>
 inline A sum(Vec<A> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps(v);
-#endif
-  A total = 0;
-  for (int i = 0; i < kLanes<A>; ++i) total += v[i];
-  return total;
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 }  // namespace MMDEFORM_CPU_NAMESPACE
