@@ -1,0 +1,74 @@
+# `make demo` and `make test` work on a fresh machine with Python >= 3.10, a C++ compiler and a
+# package index. TORCH chooses the torch requirement, e.g. TORCH='torch==2.10.0'.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install build demo test asan lint format bench wheel clean
+
+help:
+	@echo "make demo   train and evaluate a deformable detector on the CPU (about 15 minutes)"
+	@echo "make test   run every test"
+	@echo "make asan   run the operator tests under AddressSanitizer"
+	@echo "make lint   ruff, mypy and clang-format, as pre-commit runs them"
+	@echo "make format rewrite the sources in the house style"
+	@echo "make bench  time the operators beside their peers"
+	@echo "make wheel  build a wheel into dist/"
+
+# torch first: mmcv and the kernels are built against it. It brings a newer setuptools, so the
+# pinned one follows. mmcv's build needs the installed torch, hence no build isolation.
+$(INSTALLED): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install "setuptools>=70,<81" wheel ninja
+	$(BIN)/pip install --no-build-isolation -r requirements.txt
+	$(BIN)/pip install --no-build-isolation -e ".[mmdet,tools,test]"
+	touch $@
+
+install: $(INSTALLED)
+
+build: install
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	$(BIN)/python tools/demo.py
+
+test: build
+	$(BIN)/python -m pytest tests
+
+# The interpreter is not built with AddressSanitizer, so its runtime is loaded first; leaks of the
+# interpreter itself are not ours to report.
+ASAN_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
+
+asan: build
+	MMDEFORM_SANITIZE=1 MMDEFORM_CUDA=0 $(BIN)/python setup.py --quiet build_ext --build-lib build/asan
+	$(ASAN_ENV) MMDEFORM_CPU_LIBRARY=build/asan/mmdeform/_C_cpu.so MMDEFORM_REQUIRE_EXT=1 \
+	  $(BIN)/python -m pytest tests/ops -m "not large"
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | xargs $(BIN)/clang-format -i
+
+$(VENV)/.linters: $(INSTALLED)
+	$(BIN)/pip install -e ".[dev]" --no-build-isolation
+	touch $@
+
+bench: build
+	$(BIN)/python tools/benchmark_ops.py --device cpu
+
+wheel: build
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist mmdeform/*.so tests/cuda_emulation/build
