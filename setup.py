@@ -122,7 +122,10 @@ class NinjaFile:
         self.lines += [f"build {out}: {rule} {source}", f"  flags = {flags}"]
 
     def run(self, link_rule: str, target: Path, flags: str) -> None:
-        self.lines += [f"build {target}: {link_rule} {' '.join(self.objects)}", f"  flags = {flags}"]
+        self.lines += [
+            f"build {target}: {link_rule} {' '.join(self.objects)}",
+            f"  flags = {flags}",
+        ]
         self.folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join([*self.lines, ""]))
@@ -158,20 +161,15 @@ def build_cuda(folder: Path, target: Path) -> None:
         # A CPU-only torch: name the library as needed through an empty stand-in of the same name.
         torch_cuda = folder / "libtorch_cuda.so"
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [os.environ.get("CXX", "c++"), "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++"]
-            + ["/dev/null", "-o", str(torch_cuda)],
-            check=True,
-        )
-    ninja.run(
-        "nvlink",
-        target,
-        f"-L{ninja.torch_lib} -Xlinker --no-as-needed -L{torch_cuda.parent} -ltorch_cuda -ltorch_cpu",
-    )
+        cxx = os.environ.get("CXX", "c++")
+        empty = ["-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", "/dev/null"]
+        subprocess.run([cxx, *empty, "-o", str(torch_cuda)], check=True)
+    libraries = f"-L{ninja.torch_lib} -L{torch_cuda.parent} -ltorch_cuda -ltorch_cpu"
+    ninja.run("nvlink", target, f"-Xlinker --no-as-needed {libraries}")
 
 
 class BuildKernels(build_ext):
-    """Replaces setuptools' compiler by ninja; extensions are plain libraries, not Python modules."""
+    """Builds by ninja; the extensions are plain libraries, not Python modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"

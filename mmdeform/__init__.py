@@ -12,7 +12,10 @@ from .version import __version__
 
 __all__ = ["__version__", "compat", "ops"]
 
-if importlib.util.find_spec("mmcv") is not None and importlib.util.find_spec("mmengine") is not None:
+if (
+    importlib.util.find_spec("mmcv") is not None
+    and importlib.util.find_spec("mmengine") is not None
+):
     try:
         from . import layers  # registers the layers
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 
-def bilinear_corners(y: Tensor, x: Tensor, height: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+def bilinear_corners(
+    y: Tensor, x: Tensor, height: int, width: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Splits sampling positions into the four pixels around them.
 
     A position contributes if and only if ``-1 < y < height`` and ``-1 < x < width``; a corner

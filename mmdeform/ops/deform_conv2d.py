@@ -77,7 +77,7 @@ def deform_conv2d_reference(
     deform_groups: int,
 ) -> Tensor:
     """The specification of :func:`deform_conv2d`; every argument is required."""
-    batch, channels, height, width = input.shape
+    batch, _, height, width = input.shape
     out_channels, _, *kernel_size = weight.shape
     out_h, out_w = offset.shape[2:]
     dtype = accumulation_dtype(input.dtype)
@@ -119,9 +119,7 @@ def _backward_reference(
     return reference_gradients(function, grad_output, (input, offset, mask, weight))
 
 
-def _fake(
-    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *args: Any
-) -> Tensor:
+def _fake(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *args: Any) -> Tensor:
     return input.new_empty(input.shape[0], weight.shape[0], *offset.shape[2:])
 
 
@@ -250,7 +248,9 @@ def _check_channels(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int,
     if weight.dim() != 4:
         raise ValueError(f"weight: expected shape (O, C/G, Kh, Kw), got {tuple(weight.shape)}")
     if offset.dim() != 4:
-        raise ValueError(f"offset: expected shape (N, D*Kh*Kw*2, Ho, Wo), got {tuple(offset.shape)}")
+        raise ValueError(
+            f"offset: expected shape (N, D*Kh*Kw*2, Ho, Wo), got {tuple(offset.shape)}"
+        )
     channels = input.shape[1]
     out_channels, group_channels, kernel_h, kernel_w = weight.shape
     if group_channels == 0 or channels == 0 or channels % group_channels != 0:
