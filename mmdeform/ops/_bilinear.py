@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
@@ -21,8 +22,10 @@ def bilinear_corners(
         width: Columns of the image.
 
     Yields:
-        Four times ``(index, weight)`` of the shape of ``y``: the flat pixel index (int64, always
-        inside the image) and the bilinear weight, zero where the corner does not count.
+        Four times ``(index, weight)`` of the shape of ``y``: the flat pixel index (int64) and the
+        bilinear weight. Where the corner does not count the weight is zero and the index
+        ``height * width``: one pixel of zeros behind the image keeps out values that are not
+        finite (see :func:`with_zero_pixel`).
     """
     inside = (y > -1) & (y < height) & (x > -1) & (x < width)
     y = y.where(inside, 0)
@@ -31,5 +34,10 @@ def bilinear_corners(
     for row, row_weight in ((top, 1 - (y - top)), (top + 1, y - top)):
         for column, column_weight in ((left, 1 - (x - left)), (left + 1, x - left)):
             valid = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            yield index.long(), (row_weight * column_weight).where(valid, 0)
+            index = (row.long() * width + column.long()).where(valid, height * width)
+            yield index, (row_weight * column_weight).where(valid, 0)
+
+
+def with_zero_pixel(pixels: Tensor, dim: int) -> Tensor:
+    """Appends the pixel of zeros that :func:`bilinear_corners` points at, along axis ``dim``."""
+    return torch.cat([pixels, torch.zeros_like(pixels.narrow(dim, 0, 1))], dim)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._bilinear import bilinear_corners
+from ._bilinear import bilinear_corners, with_zero_pixel
 from ._library import (
     accumulation_dtype,
     autocast_tensor,
@@ -82,6 +82,7 @@ def deform_conv2d_reference(
     out_h, out_w = offset.shape[2:]
     dtype = accumulation_dtype(input.dtype)
     pixels = input.to(dtype).reshape(batch, deform_groups, -1, height * width)
+    pixels = with_zero_pixel(pixels, 3)
     y, x = sampling_positions(offset.to(dtype), kernel_size, stride, padding, dilation)
     columns: Any = 0
     for index, corner_weight in bilinear_corners(y, x, height, width):

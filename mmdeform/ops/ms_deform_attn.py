@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._bilinear import bilinear_corners
+from ._bilinear import bilinear_corners, with_zero_pixel
 from ._library import (
     accumulation_dtype,
     autocast_tensor,
@@ -33,7 +33,7 @@ def ms_deform_attn_reference(
         if height * width == 0:
             continue
         pixels = value[:, starts[level] : starts[level] + height * width]
-        pixels = pixels.to(dtype).transpose(1, 2)  # (N, M, H*W, Dh)
+        pixels = with_zero_pixel(pixels.to(dtype).transpose(1, 2), 2)  # (N, M, H*W + 1, Dh)
         locations = sampling_locations[:, :, :, level].to(dtype).transpose(1, 2)  # (N, M, Lq, P, 2)
         weights = attention_weights[:, :, :, level].to(dtype).transpose(1, 2)  # (N, M, Lq, P)
         x, y = (locations * locations.new_tensor([width, height]) - 0.5).unbind(-1)
