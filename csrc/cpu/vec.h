@@ -71,7 +71,13 @@ inline Vec<float> load(const Half* from) {
 }
 
 inline void store(BFloat16* to, Vec<float> from) {
-  for (int i = 0; i < kLanes<float>; ++i) to[i] = narrow<BFloat16>(from[i]);
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  const Wide bits = reinterpret_cast<Wide>(from);
+  const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Wide nan = (bits >> 16) | 0x40u;  // rounding could carry out of the mantissa
+  const Narrow result = __builtin_convertvector(from == from ? rounded : nan, Narrow);
+  __builtin_memcpy(to, &result, sizeof(result));
 }
 
 inline void store(Half* to, Vec<float> from) {
