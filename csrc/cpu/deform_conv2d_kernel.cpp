@@ -32,6 +32,13 @@ void rows_to_image(const DeformConv2dPlan& plan, const A* rows, int64_t begin, i
                     image + begin, g.pixels());
 }
 
+// For positions whose floor fits 32 bits.
+template <typename A>
+inline int32_t floor_to_int(A value) {
+  const int32_t truncated = static_cast<int32_t>(value);
+  return truncated - (value < static_cast<A>(truncated));
+}
+
 template <typename A, typename C>
 void corners(const DeformConv2dPlan& plan, Tile tile, const C* offset, const C* mask, int64_t d,
              int64_t tap, Corners<A>* result) {
@@ -52,8 +59,7 @@ void corners(const DeformConv2dPlan& plan, Tile tile, const C* offset, const C* 
     corner = {{outside, outside, outside, outside}, 0, 0, masks ? A(widen(masks[p])) : A(1)};
     // Also false for NaN, so that what is converted to an integer is always in range.
     if (y > -1 && y < height && x > -1 && x < width) {
-      // Positions are above -1: truncation after a shift by one is floor.
-      const int32_t top = static_cast<int32_t>(y + 1) - 1, left = static_cast<int32_t>(x + 1) - 1;
+      const int32_t top = floor_to_int(y), left = floor_to_int(x);
       corner.fraction_y = y - top;
       corner.fraction_x = x - left;
       const int32_t base = top * width + left;
