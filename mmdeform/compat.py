@@ -7,6 +7,7 @@ where mmengine is not installed.
 
 import functools
 import importlib.util
+import pickle
 import warnings
 from typing import Any
 
@@ -49,7 +50,7 @@ def allow_mmengine_checkpoints() -> None:
 
     multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # numpy 2 renamed it
     allowed: list[Any] = [HistoryBuffer, (_history_buffer_getattr, "builtins.getattr")]
-    allowed += [np.ndarray, np.dtype]
+    allowed += [np.ndarray, np.dtype, bytes]  # bytes: what an empty array is made of
     for package in ("numpy._core", "numpy.core"):  # a checkpoint may come from either numpy
         allowed.append((multiarray._reconstruct, f"{package}.multiarray._reconstruct"))
         allowed.append((multiarray.scalar, f"{package}.multiarray.scalar"))
@@ -65,7 +66,7 @@ def _history_buffer_getattr(owner: Any, name: str) -> Any:
     # Not HistoryBuffer._statistics_methods: a checkpoint can add to that table.
     allowed = ("current", "max", "mean", "min")
     if owner is not HistoryBuffer or name not in allowed:
-        raise ValueError(
+        raise pickle.UnpicklingError(
             f"a checkpoint may read {allowed} of HistoryBuffer, but this one reads {name!r} of "
             f"{owner!r}; do not load files from a source you do not trust"
         )

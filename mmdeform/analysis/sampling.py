@@ -1,6 +1,6 @@
 """Where deformable convolutions sample: points of one layer, or of several layers in a row.
 
-    with record_sampling(detector, image_size=(160, 160)) as layers:
+    with record_sampling(detector) as layers:
         detector.test_step(batch)
     points, weights = trace_points(list(layers.values())[-3:], x=80, y=60)  # 9**3 points
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class LayerSampling:
 
     name: str
     locations: Tensor
+    grid: Tensor
     weights: Tensor
     stride: tuple[float, float]
 
@@ -75,14 +77,13 @@ def offsets_to_locations(
 
 
 @contextmanager
-def record_sampling(
-    model: nn.Module, image_size: tuple[int, int]
-) -> Iterator[dict[str, LayerSampling]]:
+def record_sampling(model: nn.Module) -> Iterator[dict[str, LayerSampling]]:
     """Records where the deformable convolutions of ``model`` sample while the block runs.
 
     Args:
-        model: Any model with layers of ``mmdeform.layers`` that predict their own offsets.
-        image_size: (height, width) in pixels of the images the model is given, padding included.
+        model: A model with layers of ``mmdeform.layers`` that predict their own offsets, which is
+            called with a batch of images, shape (N, C, H, W), as its first argument or as ``inputs``
+            (as mmdet's detectors call themselves). Locations refer to these images.
 
     Yields:
         Sampling of each layer by its name, in the order in which the layers ran; of a layer that ran
@@ -100,9 +101,18 @@ def record_sampling(
             "own offsets; configure one with type='mmdeform.DCN' or type='mmdeform.DCNv2'"
         )
     record: dict[str, LayerSampling] = {}
-    hooks = [
-        layer.register_forward_hook(partial(_record_layer, record, name, image_size))
-        for name, layer in layers.items()
+    image_size: list[int] = []
+
+    def see_images(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        image_size[:] = (kwargs["inputs"] if "inputs" in kwargs else args[0]).shape[-2:]
+
+    def see_layer(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        record.pop(name, None)  # a later run goes to the end
+        record[name] = _layer_sampling(name, layer, inputs[0], image_size)
+
+    hooks = [model.register_forward_pre_hook(see_images, with_kwargs=True)]
+    hooks += [
+        layer.register_forward_hook(partial(see_layer, name)) for name, layer in layers.items()
     ]
     try:
         yield record
@@ -111,36 +121,33 @@ def record_sampling(
             hook.remove()
 
 
-def _record_layer(
-    record: dict[str, LayerSampling],
-    name: str,
-    image_size: tuple[int, int],
-    layer: nn.Module,
-    inputs: tuple[Tensor, ...],
-    output: Tensor,
-) -> None:
-    with torch.no_grad():
-        offset, mask = layer.predict_offset(inputs[0])
-    locations = offsets_to_locations(
-        offset, layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    )
+@torch.no_grad()
+def _layer_sampling(
+    name: str, layer: nn.Module, x: Tensor, image_size: Sequence[int]
+) -> LayerSampling:
+    offset, mask = layer.predict_offset(x)
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     # The layers before have odd kernels and are padded by half of them: pixel i of the map stands
     # over pixel i * scale of the image, without a shift by half a pixel.
-    scale = [
-        image / feature for image, feature in zip(image_size, inputs[0].shape[-2:], strict=True)
-    ]
-    locations = locations * locations.new_tensor(scale[::-1])
-    if mask is None:
-        weights = torch.ones_like(locations[..., 0])
-    else:
-        weights = mask.view(locations.shape[:-1])
-    stride = (scale[1] * layer.stride[1], scale[0] * layer.stride[0])
-    record.pop(name, None)
-    record[name] = LayerSampling(name, locations, weights, stride)
+    scale_y, scale_x = (
+        image / feature for image, feature in zip(image_size, x.shape[-2:], strict=True)
+    )
+    scale = offset.new_tensor([scale_x, scale_y])
+    locations = offsets_to_locations(offset, *geometry) * scale
+    points = 2 * layer.kernel_size[0] * layer.kernel_size[1]
+    grid = offsets_to_locations(torch.zeros_like(offset[:1, :points]), *geometry) * scale
+    weights = torch.ones_like(locations[..., 0]) if mask is None else mask.view(locations.shape[:-1])
+    stride = (scale_x * layer.stride[1], scale_y * layer.stride[0])
+    return LayerSampling(name, locations, grid, weights, stride)
 
 
 def trace_points(
-    layers: Sequence[LayerSampling], x: float, y: float, image: int = 0, group: int = 0
+    layers: Sequence[LayerSampling],
+    x: float,
+    y: float,
+    image: int = 0,
+    group: int = 0,
+    offsets: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Follows one output of the last layer through the samples of all layers.
 
@@ -154,6 +161,8 @@ def trace_points(
         x, y: Position in the image, pixels; the nearest output of the last layer is followed.
         image: Index in the batch. Default: 0.
         group: Deform group. Default: 0.
+        offsets: Whether to apply the offsets; without them the points are those of plain
+            convolutions of the same geometry, and all weights are 1. Default: True.
 
     Returns:
         The points (x, y) in pixels of the image, shape (P, 2), and their weights, shape (P,): the
@@ -173,6 +182,12 @@ def trace_points(
             column, row = column.clamp(0, width - 1), row.clamp(0, height - 1)
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
         column, row, weights = column[inside], row[inside], weights[inside]
-        points = layer.locations[image, group][:, row, column].reshape(-1, 2)
-        weights = (layer.weights[image, group][:, row, column] * weights).reshape(-1)
+        if offsets:
+            locations = layer.locations[image, group]
+            factors = layer.weights[image, group][:, row, column]
+        else:
+            locations = layer.grid[0, 0]
+            factors = torch.ones_like(locations[:, row, column, 0])
+        points = locations[:, row, column].reshape(-1, 2)
+        weights = (factors * weights).reshape(-1)
     return points, weights

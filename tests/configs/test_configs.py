@@ -1,0 +1,164 @@
+"""Every shipped config builds; every small one trains; tables and metafiles name what is there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+import yaml
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+from mmdeform.layers import DeformConv2dPack, ModulatedDeformConv2dPack
+from mmdeform.layers import MultiScaleDeformableAttention
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("[!_]*/*.py"))
+SMALL = [path for path in CONFIGS if path.stem.endswith("_shapes")]
+FAMILIES = sorted(path.parent for path in (ROOT / "configs").glob("*/metafile.yml"))
+LAYERS = {
+    "dcn": (DeformConv2dPack, 13),
+    "dcnv2": (ModulatedDeformConv2dPack, 13),
+    "deformable_detr": (MultiScaleDeformableAttention, 12),
+}
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def layers_of(model: torch.nn.Module, config: Path) -> list[torch.nn.Module]:
+    kind = LAYERS[config.parent.name][0]
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = importlib.util.spec_from_file_location("make_shapes", ROOT / "tools" / "make_shapes.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    tool.make_shapes(out, train=2, val=1, size=160, seed=0, overwrite=False)
+    return out
+
+
+def test_all_configs_are_found() -> None:
+    names = {name_of(path) for path in CONFIGS}
+    assert len(names) == 11
+    assert {"dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "dcnv2/mask-rcnn_r50_shapes"} < names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_config_builds(path: Path) -> None:
+    from mmdet.registry import MODELS
+
+    cfg = Config.fromfile(path)
+    assert cfg.custom_imports == dict(imports=["mmdeform"], allow_failed_imports=False)
+    assert cfg.default_scope == "mmdet"
+    assert Config.fromstring(cfg.pretty_text, ".py").to_dict() == cfg.to_dict()
+    init_default_scope("mmdet")
+    model = MODELS.build(cfg.model)
+    expected = LAYERS[path.parent.name][1]
+    if path.stem == "deformable-detr_r50_shapes":
+        expected = cfg.model.encoder.num_layers + cfg.model.decoder.num_layers
+    elif "conv-" not in path.stem and path.parent.name != "deformable_detr":
+        expected = 0  # the plain twin
+    assert len(layers_of(model, path)) == expected
+
+
+@pytest.mark.parametrize("path", SMALL, ids=name_of)
+def test_small_config_trains(path: Path, shapes: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    cfg = Config.fromfile(path)
+    cfg.work_dir = str(tmp_path)
+    cfg.train_dataloader.batch_size = 2
+    cfg.train_dataloader.dataset.data_root = str(shapes)
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
+    cfg.experiment_name = name_of(path).replace("/", "_")
+    runner = Runner.from_cfg(cfg)
+    model = runner.model
+    model.init_weights()
+    model.train()
+    offsets = [getattr(m, "conv_offset", None) or m.sampling_offsets for m in layers_of(model, path)]
+    before = [conv.weight.clone() for conv in offsets]
+    assert all((weight == 0).all() for weight in before)  # init_weights leaves them zero
+
+    optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    batch = next(iter(runner.train_dataloader))
+    # mmdet's ResNet starts with a zero scale at the end of every residual branch, where its
+    # deformable convolutions are: only the second step reaches them.
+    for _ in range(2):
+        optim_wrapper.zero_grad()
+        inputs = model.data_preprocessor(batch, training=True)
+        loss, _ = model.parse_losses(model(**inputs, mode="loss"))
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        optim_wrapper.step()
+
+    assert loss.isfinite() and loss > 0
+    for name, gradient in gradients.items():
+        assert gradient is not None and gradient.isfinite().all(), name
+    for conv, weight in zip(offsets, before, strict=True):
+        assert conv.weight.grad.abs().max() > 0
+        assert not torch.equal(conv.weight, weight)
+
+
+def test_twins_differ_in_their_convolutions_only() -> None:
+    plain = Config.fromfile(ROOT / "configs/dcnv2/mask-rcnn_r50_shapes.py").to_dict()
+    for name, kind in (
+        ("dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "mmdeform.DCNv2"),
+        ("dcn/mask-rcnn_r50-dconv-c3-c5_shapes", "mmdeform.DCN"),
+    ):
+        twin = Config.fromfile(ROOT / f"configs/{name}.py").to_dict()
+        assert twin["model"]["backbone"].pop("dcn")["type"] == kind
+        assert twin["model"]["backbone"].pop("stage_with_dcn") == (False, True, True, True)
+        assert twin == plain
+
+
+def test_every_family_is_documented() -> None:
+    assert FAMILIES == sorted({path.parent for path in CONFIGS})
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda path: path.name)
+def test_metafile_names_what_is_there(family: Path) -> None:
+    metafile = yaml.safe_load((family / "metafile.yml").read_text())
+    collections = {collection["Name"] for collection in metafile["Collections"]}
+    for collection in metafile["Collections"]:
+        assert (ROOT / collection["README"]).is_file()
+        assert collection["Paper"]["URL"].startswith("https://arxiv.org/abs/")
+    listed = set()
+    for model in metafile["Models"]:
+        assert model["In Collection"] in collections
+        config = ROOT / model["Config"]
+        assert config.is_file() and config.stem == model["Name"]
+        listed.add(config)
+    assert listed == set(family.glob("*.py"))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda path: path.name)
+def test_readme_table_agrees_with_the_metafile(family: Path) -> None:
+    readme = (family / "README.md").read_text()
+    rows = {
+        match[1]: line
+        for line in readme.splitlines()
+        if (match := re.search(r"\]\(\./([^)]+)\.py\)", line))
+    }
+    assert set(rows) == {path.stem for path in family.glob("*.py")}
+    for model in yaml.safe_load((family / "metafile.yml").read_text())["Models"]:
+        row = rows[model["Name"]]
+        for result in model.get("Results", []):
+            # A number that was published elsewhere and not reproduced here carries a star.
+            star = "" if result["Dataset"] == "shapes" else r"\*"
+            for value in result["Metrics"].values():
+                assert f"| {value}{star} |" in row, f"{value} of {model['Name']} in {row}"
+
+
+def test_training_data_is_named_as_it_is_made() -> None:
+    cfg = Config.fromfile(ROOT / "configs/_base_/datasets/shapes_instance.py")
+    source = (ROOT / "tools" / "make_shapes.py").read_text()
+    assert f"CLASSES = {cfg.metainfo.classes!r}".replace("'", '"') in source
