@@ -220,6 +220,11 @@ def _runs_on(archs: str, device: tuple[int, int]) -> bool:
     return False
 
 
+def _has_kernel(name: str, device: torch.device) -> bool:
+    key = device.type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mmdeform::{name}", key)
+
+
 def _check_operators(report: Report, device: torch.device) -> None:
     """Runs each operator on random numbers and compares it with its reference on the CPU."""
     random = torch.Generator().manual_seed(0)
@@ -251,10 +256,13 @@ def _check_operators(report: Report, device: torch.device) -> None:
             outcome = "right" if error < 1e-4 else f"off by {error:.3g}"
         except RuntimeError as exception:
             outcome = f"fails: {exception}"
-        report.row(f"{name} on {device}", outcome)
+        kernel = _has_kernel(name, device)
+        report.row(f"{name} on {device}", f"{outcome} ({'kernel' if kernel else 'reference'})")
+        fix = build_command("MMDEFORM_CUDA=1" if device.type == "cuda" else "")
         if outcome != "right":
-            variables = "MMDEFORM_CUDA=1" if device.type == "cuda" else ""
-            report.problem(f"{name} on {device} {outcome}", build_command(variables))
+            report.problem(f"{name} on {device} {outcome}", fix)
+        elif not kernel and _library.status()[device.type].loaded:
+            report.problem(f"the {device.type} library is older than {name}: it has no kernel", fix)
 
 
 def _check_environment(report: Report) -> None:

@@ -26,6 +26,7 @@ def healthy(monkeypatch):
     monkeypatch.setattr(doctor, "_version", versions.get)
     monkeypatch.setattr(_library, "status", lambda: status)
     monkeypatch.setattr(doctor, "_import_error", lambda module: None)
+    monkeypatch.setattr(doctor, "_has_kernel", lambda name, device: True)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda module: module)
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -118,6 +119,19 @@ def test_wrong_operator(healthy, monkeypatch, name):
     problem = the_problem()
     assert problem.text == f"{name} on cpu off by 0.5"
     assert "pip install" in problem.fix
+
+
+def test_library_without_a_kernel(healthy, monkeypatch):
+    monkeypatch.setattr(doctor, "_has_kernel", lambda name, device: name == "ms_deform_attn")
+    assert the_problem().text == "the cpu library is older than deform_conv2d: it has no kernel"
+    assert ("deform_conv2d on cpu", "right (reference)") in doctor.diagnose().rows
+    assert ("ms_deform_attn on cpu", "right (kernel)") in doctor.diagnose().rows
+
+
+def test_kernels_are_found():
+    loaded = _library.status()["cpu"].loaded
+    assert doctor._has_kernel("deform_conv2d", torch.device("cpu")) is loaded
+    assert not doctor._has_kernel("deform_conv2d", torch.device("xpu"))
 
 
 def test_failing_operator(healthy, monkeypatch):
