@@ -1,8 +1,8 @@
 """Repairs that let mmengine 0.10 run on current torch versions.
 
-``import mmdeform`` applies them; a config needs nothing but its ``custom_imports``. Each repair names
-the failure it removes, changes nothing else, can be applied any number of times, and does nothing
-where mmengine is not installed.
+``import mmdeform`` applies them; a config needs nothing but its ``custom_imports``. Each repair
+names the failure it removes, changes nothing else, can be applied any number of times, and does
+nothing where mmengine is not installed.
 """
 
 import functools

@@ -3,8 +3,8 @@
     python tools/demo.py
 
 generates ``data/shapes``, trains Mask R-CNN with DCNv2 on it, evaluates it and draws
-``work_dirs/demo/sampling.png``. Each step is a command of its own, which is printed. A demo that was
-interrupted goes on where it stopped; ``--restart`` begins the training anew.
+``work_dirs/demo/sampling.png``. Each step is a command of its own, which is printed. A demo that
+was interrupted goes on where it stopped; ``--restart`` begins the training anew.
 """
 
 import argparse
@@ -27,7 +27,7 @@ console = Console()
 
 
 def run(title: str, *command: str | Path) -> float:
-    """Runs one of this folder's tools and returns the seconds it took; ends the demo if it fails."""
+    """Runs one of the tools and returns the seconds it took; ends the demo if it fails."""
     words = [str(word) for word in command]
     console.rule(title)
     console.print(f"$ python {' '.join(words)}", style="bold", highlight=False, soft_wrap=True)

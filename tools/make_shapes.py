@@ -7,14 +7,14 @@ partly covered by others, and has a diameter between an eighth and a half of the
 
     python tools/make_shapes.py data/shapes --train 400 --val 100 --size 160 --seed 0
 
-writes ``train/*.jpg``, ``val/*.jpg``, ``train.json``, ``val.json`` and ``dataset.json`` (the arguments,
-so that a second run can tell whether the data set it finds is the one asked for). The same arguments
-give the same bytes.
+writes ``train/*.jpg``, ``val/*.jpg``, ``train.json``, ``val.json`` and ``dataset.json`` (the
+arguments, so that a second run can tell whether the data set it finds is the one asked for). The
+same arguments give the same bytes.
 
 Masks are polygons along pixel edges, so that decoding one gives exactly the pixels that were drawn.
 COCO polygons know no holes, and run-length masks are not understood everywhere; a hole is therefore
-joined to the outline by a cut of width zero, walked once in each direction. Even-odd rasterisers such
-as pycocotools' fill such an outline without a trace of the cut.
+joined to the outline by a cut of width zero, walked once in each direction. Even-odd rasterisers
+such as pycocotools' fill such an outline without a trace of the cut.
 """
 
 import argparse
@@ -59,9 +59,7 @@ def shape_mask(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     raise ValueError(f"name must be one of {CLASSES}, but got {name!r}")
 
 
-def draw_shape(
-    name: str, size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_shape(name: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """A randomly placed, turned, stretched and bent shape.
 
     Args:
@@ -70,8 +68,8 @@ def draw_shape(
         rng (np.random.Generator): Source of randomness.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: Coverage of every pixel, shape (size, size), float32 in [0, 1],
-        and the share of the shape that lies inside the image (shape (), float).
+        tuple[np.ndarray, float]: Coverage of every pixel, shape (size, size), float32 in [0, 1],
+        and the share of the shape that lies inside the image.
     """
     diameter = size * 2 ** rng.uniform(-3, -1)
     center = rng.uniform(0.25 * diameter, size - 0.25 * diameter, 2)
@@ -88,7 +86,7 @@ def draw_shape(
     cosine, sine = np.cos(turn), np.sin(turn)
     x, y = (cosine * x + sine * y) * stretch, (cosine * y - sine * x) / stretch
 
-    # The bend: plane waves whose gradients sum to less than 1, so that no fold changes the topology.
+    # The bend: plane waves whose gradients sum to less than 1: no fold changes the topology.
     bent_x, bent_y = x.copy(), y.copy()
     for gradient in (0.5, 0.4):
         angle, wave, phase = rng.uniform(0, 2 * np.pi), rng.uniform(1.5, 3.5), rng.uniform(0, 6.28)
@@ -103,11 +101,11 @@ def draw_shape(
     drawn[rows, columns] = shape_mask(name, bent_x, bent_y)
     inside = drawn[2 * margin : 2 * (margin + size), 2 * margin : 2 * (margin + size)]
     coverage = inside.reshape(size, 2, size, 2).mean((1, 3))
-    return coverage, inside.sum() / max(drawn.sum(), 1)
+    return coverage, float(inside.sum() / max(drawn.sum(), 1))
 
 
 def texture(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random texture: a blend of two colours by noise or stripes. Shape (size, size, 3), float32."""
+    """Two random colours, blended by noise or stripes. Shape (size, size, 3), float32."""
     first = rng.uniform(20, 235, 3)
     second = np.clip(first + rng.normal(0, 45, 3), 0, 255)
     if rng.random() < 0.3:
@@ -170,9 +168,9 @@ def trace_loops(mask: np.ndarray) -> list[np.ndarray]:
         mask (np.ndarray): Shape (H, W), bool.
 
     Returns:
-        list[np.ndarray]: Loops of corners, shape (N, 2), x before y, in pixels from the top left corner
-        of the image; the first corner is not repeated. Outlines run clockwise on the screen and holes
-        the other way. Foreground pixels that touch at a corner only are kept apart.
+        list[np.ndarray]: Loops of corners, shape (N, 2), x before y, in pixels from the top left
+        corner of the image; the first corner is not repeated. Outlines run clockwise on the screen
+        and holes the other way. Foreground pixels that touch at a corner only are kept apart.
     """
     padded = np.pad(mask, 1)
     sides = (  # the neighbour across a side of a pixel; where that side starts; its direction
@@ -295,8 +293,8 @@ def make_shapes(out: Path, train: int, val: int, size: int, seed: int, overwrite
         if {**found, "complete": False} != dict(arguments, complete=False):
             if not overwrite:
                 raise FileExistsError(
-                    f"{out} holds another data set, {found}, but this one is asked for: {arguments}; "
-                    "choose another folder, or replace it with --overwrite"
+                    f"{out} holds another data set, {found}, but this one is asked for: "
+                    f"{arguments}; choose another folder, or replace it with --overwrite"
                 )
             shutil.rmtree(out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):

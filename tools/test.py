@@ -1,4 +1,4 @@
-"""mmdet's own tools/test.py, unchanged: ``python tools/test.py CONFIG CHECKPOINT [--work-dir DIR]``."""
+"""mmdet's own tools/test.py: ``python tools/test.py CONFIG CHECKPOINT [--work-dir DIR]``."""
 
 from mmdet_tool import run_mmdet_tool
 

@@ -1,4 +1,4 @@
-"""mmdet's own tools/train.py, unchanged: ``python tools/train.py CONFIG [--work-dir DIR] [--resume]``."""
+"""mmdet's own tools/train.py: ``python tools/train.py CONFIG [--work-dir DIR] [--resume]``."""
 
 from mmdet_tool import run_mmdet_tool
 

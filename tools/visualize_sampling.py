@@ -32,7 +32,7 @@ Detection = tuple[str, float, np.ndarray, np.ndarray]  # class, score, box (4,),
 
 
 def detections_of(result: DetDataSample, classes: tuple[str, ...]) -> list[Detection]:
-    """Detections with a score of at least ``SCORE``, best first; of boxes without masks the boxes."""
+    """Detections with a score of at least ``SCORE``, best first; the box where there is no mask."""
     found = []
     instances = result.pred_instances.cpu().numpy()
     for index in np.argsort(-instances.scores):

@@ -1,5 +1,6 @@
-_base_ = 'mmdet::_base_/default_runtime.py'
-custom_imports = dict(imports=['mmdeform'], allow_failed_imports=False)
+_base_ = "mmdet::_base_/default_runtime.py"
+custom_imports = dict(imports=["mmdeform"], allow_failed_imports=False)
 default_hooks = dict(
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1),
-    logger=dict(type='LoggerHook', interval=10))
+    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=1),
+    logger=dict(type="LoggerHook", interval=10),
+)

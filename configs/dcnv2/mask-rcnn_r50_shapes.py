@@ -1,5 +1,7 @@
 # The plain twin: the same detector without deformable convolution.
 _base_ = [
-    '../_base_/models/mask-rcnn_r50-small.py', '../_base_/datasets/shapes_instance.py',
-    '../_base_/schedules/shapes_12e.py', '../_base_/shapes_runtime.py'
+    "../_base_/models/mask-rcnn_r50-small.py",
+    "../_base_/datasets/shapes_instance.py",
+    "../_base_/schedules/shapes_12e.py",
+    "../_base_/shapes_runtime.py",
 ]

@@ -1,3 +1,3 @@
-_base_ = 'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
-custom_imports = dict(imports=['mmdeform'], allow_failed_imports=False)
-model = dict(type='mmdeform.DeformableDETR')
+_base_ = "mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py"
+custom_imports = dict(imports=["mmdeform"], allow_failed_imports=False)
+model = dict(type="mmdeform.DeformableDETR")

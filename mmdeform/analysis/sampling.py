@@ -25,8 +25,8 @@ class LayerSampling:
 
     Attributes:
         name: Name of the layer in its model.
-        locations: Sampling locations (x, y) in pixels of the image, shape (N, D, K, Ho, Wo, 2) for D
-            deform groups and K taps.
+        locations: Sampling locations (x, y) in pixels of the image, shape (N, D, K, Ho, Wo, 2) for
+            D deform groups and K taps.
         weights: Modulation of each sample, shape (N, D, K, Ho, Wo); ones where the layer has none.
         stride: Distance (x, y) of neighbouring outputs in pixels of the image.
     """
@@ -65,7 +65,7 @@ def offsets_to_locations(
             f"offset must have a multiple of 2 * {kernel_size[0]} * {kernel_size[1]} channels, "
             f"but has shape {tuple(offset.shape)}"
         )
-    axes = []  # positions along each axis before the offset: (taps of the axis, outputs of the axis)
+    axes = []  # positions before the offset, per axis: (taps of the axis, outputs of the axis)
     for axis, outputs in enumerate((height, width)):
         starts = torch.arange(outputs, device=offset.device) * stride[axis] - padding[axis]
         steps = torch.arange(kernel_size[axis], device=offset.device) * dilation[axis]
@@ -82,12 +82,12 @@ def record_sampling(model: nn.Module) -> Iterator[dict[str, LayerSampling]]:
 
     Args:
         model: A model with layers of ``mmdeform.layers`` that predict their own offsets, which is
-            called with a batch of images, shape (N, C, H, W), as its first argument or as ``inputs``
-            (as mmdet's detectors call themselves). Locations refer to these images.
+            called with a batch of images, shape (N, C, H, W), as its first argument or as
+            ``inputs`` (as mmdet's detectors call themselves). Locations refer to these images.
 
     Yields:
-        Sampling of each layer by its name, in the order in which the layers ran; of a layer that ran
-        more than once the last time.
+        Sampling of each layer by its name, in the order in which the layers ran; of a layer that
+        ran more than once the last time.
 
     Raises:
         ValueError: If the model has no such layer.
@@ -136,7 +136,9 @@ def _layer_sampling(
     locations = offsets_to_locations(offset, *geometry) * scale
     points = 2 * layer.kernel_size[0] * layer.kernel_size[1]
     grid = offsets_to_locations(torch.zeros_like(offset[:1, :points]), *geometry) * scale
-    weights = torch.ones_like(locations[..., 0]) if mask is None else mask.view(locations.shape[:-1])
+    weights = (
+        torch.ones_like(locations[..., 0]) if mask is None else mask.view(locations.shape[:-1])
+    )
     stride = (scale_x * layer.stride[1], scale_y * layer.stride[0])
     return LayerSampling(name, locations, grid, weights, stride)
 

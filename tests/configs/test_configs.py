@@ -13,8 +13,11 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from mmdeform.layers import DeformConv2dPack, ModulatedDeformConv2dPack
-from mmdeform.layers import MultiScaleDeformableAttention
+from mmdeform.layers import (
+    DeformConv2dPack,
+    ModulatedDeformConv2dPack,
+    MultiScaleDeformableAttention,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*/*.py"))
@@ -84,7 +87,9 @@ def test_small_config_trains(path: Path, shapes: Path, tmp_path: Path) -> None:
     model = runner.model
     model.init_weights()
     model.train()
-    offsets = [getattr(m, "conv_offset", None) or m.sampling_offsets for m in layers_of(model, path)]
+    offsets = [
+        getattr(m, "conv_offset", None) or m.sampling_offsets for m in layers_of(model, path)
+    ]
     before = [conv.weight.clone() for conv in offsets]
     assert all((weight == 0).all() for weight in before)  # init_weights leaves them zero
 
@@ -121,7 +126,7 @@ def test_twins_differ_in_their_convolutions_only() -> None:
 
 
 def test_every_family_is_documented() -> None:
-    assert FAMILIES == sorted({path.parent for path in CONFIGS})
+    assert sorted({path.parent for path in CONFIGS}) == FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda path: path.name)

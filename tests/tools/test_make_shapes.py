@@ -168,9 +168,7 @@ def test_another_data_set_is_not_replaced_silently(tool: ModuleType, tmp_path: P
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_foreign_files_are_never_touched(
-    tool: ModuleType, tmp_path: Path, overwrite: bool
-) -> None:
+def test_foreign_files_are_never_touched(tool: ModuleType, tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not a folder of shapes and not empty"):
         tool.make_shapes(tmp_path, train=1, val=1, size=64, seed=0, overwrite=overwrite)

@@ -138,5 +138,5 @@ def test_found_tool_is_mmdets_own() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert "Runner.from_cfg(cfg)" in module.find_mmdet_tool("train.py").read_text()
-    with pytest.raises(FileNotFoundError, match="has no tool 'no.py': looked for"):
+    with pytest.raises(FileNotFoundError, match=r"has no tool 'no\.py': looked for"):
         module.find_mmdet_tool("no.py")

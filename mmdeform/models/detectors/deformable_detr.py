@@ -20,8 +20,8 @@ class DeformableDETR(MMDetDeformableDETR):
     """mmdet's Deformable DETR on the operator of this package.
 
     mmdet's layers create mmcv's attention class by name. Here the configs of the attention modules,
-    ``encoder.layer_cfg.self_attn_cfg`` and ``decoder.layer_cfg.cross_attn_cfg``, may have a ``type``
-    like everything else. State dicts are the same as mmdet's.
+    ``encoder.layer_cfg.self_attn_cfg`` and ``decoder.layer_cfg.cross_attn_cfg``, may have a
+    ``type`` like everything else. State dicts are the same as mmdet's.
 
     Args: those of mmdet's ``DeformableDETR``. The type of the attention modules is
         ``mmdeform.MultiScaleDeformableAttention`` by default.
