@@ -17,9 +17,10 @@ if (
     and importlib.util.find_spec("mmengine") is not None
 ):
     try:
-        from . import layers  # registers the layers
+        # Register the layers, and the FLOP formulas with mmengine's counter.
+        from . import analysis, layers
 
-        __all__ += ["layers"]
+        __all__ += ["analysis", "layers"]
     except ImportError as error:
         warnings.warn(
             f"mmdeform: the layers are not registered because mmcv cannot be imported ({error}). "

@@ -90,13 +90,17 @@ def load() -> None:
     problems = [entry.problem for entry in _status.values() if entry.problem is not None]
     if not problems:
         return
-    message = (
-        f"mmdeform: {'; '.join(problems)}. The slow reference operators are used there. "
-        "`python -m mmdeform.doctor` tells how to get the kernels."
-    )
+    message = f"mmdeform: {'; '.join(problems)}"
     if require_kernels():
-        raise ImportError(message + " (MMDEFORM_REQUIRE_EXT=1 makes this an error.)")
-    warnings.warn(message, stacklevel=2)
+        raise ImportError(
+            f"{message}. MMDEFORM_REQUIRE_EXT=1 makes this an error; "
+            "`MMDEFORM_REQUIRE_EXT=0 python -m mmdeform.doctor` tells how to get the kernels."
+        )
+    warnings.warn(
+        f"{message}. The slow reference operators are used there; "
+        "`python -m mmdeform.doctor` tells how to get the kernels.",
+        stacklevel=2,
+    )
 
 
 @functools.cache

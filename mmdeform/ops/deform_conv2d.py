@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._bilinear import bilinear_corners, with_zero_pixel
 from ._library import (
+    AUTOCAST_KEYS,
     accumulation_dtype,
     autocast_tensor,
     reference_gradients,
@@ -52,8 +53,8 @@ def sampling_positions(
         Row and column coordinates in input pixels, each (N, D, T, Ho, Wo), dtype of ``offset``.
     """
     taps = kernel_size[0] * kernel_size[1]
-    batch, _, out_h, out_w = offset.shape
-    offset = offset.reshape(batch, -1, taps, 2, out_h, out_w)
+    batch, channels, out_h, out_w = offset.shape
+    offset = offset.reshape(batch, channels // (2 * taps), taps, 2, out_h, out_w)
     grids = []
     for axis, out in enumerate((out_h, out_w)):
         start = torch.arange(out, device=offset.device) * stride[axis] - padding[axis]
@@ -77,11 +78,13 @@ def deform_conv2d_reference(
     deform_groups: int,
 ) -> Tensor:
     """The specification of :func:`deform_conv2d`; every argument is required."""
-    batch, _, height, width = input.shape
+    batch, channels, height, width = input.shape
     out_channels, _, *kernel_size = weight.shape
     out_h, out_w = offset.shape[2:]
     dtype = accumulation_dtype(input.dtype)
-    pixels = input.to(dtype).reshape(batch, deform_groups, -1, height * width)
+    pixels = input.to(dtype).reshape(
+        batch, deform_groups, channels // deform_groups, height * width
+    )
     pixels = with_zero_pixel(pixels, 3)
     y, x = sampling_positions(offset.to(dtype), kernel_size, stride, padding, dilation)
     columns: Any = 0
@@ -89,9 +92,9 @@ def deform_conv2d_reference(
         index = index.flatten(2)[:, :, None].expand(-1, -1, pixels.shape[2], -1)
         columns = columns + pixels.gather(3, index) * corner_weight.flatten(2)[:, :, None]
     if mask is not None:
-        columns = columns * mask.to(dtype).reshape(batch, deform_groups, 1, -1)
-    columns = columns.reshape(batch, groups, -1, out_h * out_w)  # (N, G, C/G*T, Ho*Wo)
+        columns = columns * mask.to(dtype).reshape(columns[:, :, :1].shape)
     filters = weight.to(dtype).reshape(groups, out_channels // groups, -1)
+    columns = columns.reshape(batch, *filters.shape[::2], out_h * out_w)  # (N, G, C/G*T, Ho*Wo)
     output = torch.einsum("gok,ngkp->ngop", filters, columns)
     output = output.reshape(batch, out_channels, out_h, out_w)
     if bias is not None:
@@ -309,7 +312,8 @@ def _check_types(
 ) -> None:
     if not input.is_floating_point():
         raise ValueError(f"input: expected a floating-point dtype, got {input.dtype}")
-    autocast = torch.is_autocast_enabled(input.device.type)
+    device_type = input.device.type
+    autocast = device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
     for name, tensor in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
         if tensor is None:
             continue
