@@ -83,7 +83,8 @@ CASES = {
     "no-image": case(batch=0),
     "no-query": case(queries=0),
     "257-queries": case(False, queries=257, heads=2, channels=16, shapes=((16, 17), (8, 9))),
-    "encoder": case(False, queries=1031, heads=8, channels=32, shapes=((25, 21), (13, 11)), points=4),
+    "encoder": case(False, queries=1031, heads=8, channels=32, shapes=((25, 21), (13, 11)),
+                    points=4),
 }  # fmt: skip
 
 

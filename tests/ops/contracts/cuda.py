@@ -21,17 +21,18 @@ class CudaContract(Operator):
         """Work on a side stream waits for what that stream still computes."""
         arguments, grad_output = self.cuda_arguments(cuda)
         expected = self.expected(arguments, grad_output)
-        late = {key: value.detach().zero_().requires_grad_() if key in self.data and value is not
-                None else value for key, value in self.place(arguments, device=cuda).items()}  # fmt: skip
+        late = self.place(arguments, device=cuda)
+        with torch.no_grad():
+            for key in self.differentiable(late):
+                late[key].zero_()
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream), torch.no_grad():
+        with torch.cuda.stream(stream):
             torch.cuda._sleep(100_000_000)
-            for key in self.data:
-                if late[key] is not None:
+            with torch.no_grad():
+                for key in self.differentiable(late):
                     late[key].copy_(arguments[key])
-            with torch.enable_grad():
-                actual = self.run(self.call, late, grad_output)
+            actual = self.run(self.call, late, grad_output)
         stream.synchronize()
         assert_near(actual, expected, torch.float32)
 
