@@ -6,7 +6,7 @@ A row per image of the validation set: what the detector finds; then, for two de
 the background, the points that one output of a deformable convolution reads, directly and through
 the deformable convolutions before it (9**depth points of 3x3 kernels). The brighter a point, the
 larger the product of the modulations on its way. White dots are where the same convolutions would
-sample without offsets.
+sample without offsets; the cross is the position of the output.
 """
 
 import argparse
@@ -26,13 +26,14 @@ from mmdeform.analysis.sampling import LayerSampling, record_sampling, trace_poi
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
 
-SCORE = 0.5  # detections below are not drawn
 SCALE = 4  # pixels of the picture per pixel of the image
 Detection = tuple[str, float, np.ndarray, np.ndarray]  # class, score, box (4,), mask (H, W)
 
 
-def detections_of(result: DetDataSample, classes: tuple[str, ...]) -> list[Detection]:
-    """Detections with a score of at least ``SCORE``, best first; the box where there is no mask."""
+def detections_of(
+    result: DetDataSample, classes: tuple[str, ...], least_score: float
+) -> list[Detection]:
+    """Detections of at least this score, best first; the box stands in for a missing mask."""
     found = []
     instances = result.pred_instances.cpu().numpy()
     for index in np.argsort(-instances.scores):
@@ -43,7 +44,7 @@ def detections_of(result: DetDataSample, classes: tuple[str, ...]) -> list[Detec
             mask = np.zeros(result.ori_shape[:2], bool)
             left, top, right, bottom = box.round().astype(int).clip(0)
             mask[top:bottom, left:right] = True
-        if score >= SCORE and mask.any():
+        if score >= least_score and mask.any():
             found.append((classes[instances.labels[index]], score, box, mask))
     return found
 
@@ -101,13 +102,13 @@ def draw_row(
     scale: tuple[float, float],
     colors: dict[str, tuple],
 ) -> None:
-    """One image: detections, points of the best two and of the background."""
-    # The largest objects show most.
+    """One image: detections, points of the largest two objects and of the background."""
     first, second = sorted(found, key=lambda detection: -detection[3].sum())[:2]
     background = ~np.any([detection[3] for detection in found], axis=0)
     places = [(first[0], first[3]), (second[0], second[3]), ("background", background)]
+    dimmed = image // 2
     for axis in axes:
-        axis.imshow(image, interpolation="bicubic")
+        axis.imshow(image if axis is axes[0] else dimmed, interpolation="bicubic")
         axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
         axis.set(xticks=[], yticks=[])
     draw_detections(axes[0], found, colors)
@@ -130,7 +131,14 @@ def choose_layers(names: list[str], prefix: str, depth: int) -> list[str]:
 
 
 def visualize(
-    config: Path, checkpoint: Path, out: Path, images: int, layers: str, depth: int, device: str
+    config: Path,
+    checkpoint: Path,
+    out: Path,
+    images: int,
+    score: float,
+    layers: str,
+    depth: int,
+    device: str,
 ) -> int:
     """Writes the picture; see the top of this file and ``--help``. Returns the number of rows."""
     model = init_detector(str(config), str(checkpoint), device=device)
@@ -144,7 +152,7 @@ def visualize(
             path = dataset.get_data_info(index)["img_path"]
             with record_sampling(model) as record:
                 result = inference_detector(model, path)
-            found = detections_of(result, classes)
+            found = detections_of(result, classes, score)
             if len(found) < 2:
                 continue
             chosen = [record[name] for name in choose_layers(list(record), layers, depth)]
@@ -154,7 +162,10 @@ def visualize(
             if len(rows) == images:
                 break
     if not rows:
-        raise ValueError(f"{checkpoint} detects two objects in no image: train it longer")
+        raise ValueError(
+            f"{checkpoint} detects two objects with a score of {score} in no image of the "
+            "validation set; train it longer or lower --score"
+        )
     height, width = rows[0][0].shape[:2]
     size = (4 * width * SCALE / 200, len(rows) * (height * SCALE / 200 + 0.25))
     figure, axes = plt.subplots(len(rows), 4, figsize=size, squeeze=False, layout="constrained")
@@ -174,6 +185,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, default=Path("sampling.png"), help="picture to write")
     parser.add_argument("--images", type=int, default=4, help="number of rows")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection")
     parser.add_argument("--layers", default="backbone.layer2", help="prefix of the layers' names")
     parser.add_argument("--depth", type=int, default=3, help="number of layers to look through")
     parser.add_argument("--device", default="cpu")

@@ -8,6 +8,7 @@ optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=0.002, weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2),
+    paramwise_cfg=dict(dcn_offset_lr_mult=0.1),  # as in Deformable ConvNets v2
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
