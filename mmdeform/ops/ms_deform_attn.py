@@ -234,7 +234,7 @@ def ms_deform_attn(
     Source: Zhu et al., Deformable DETR, https://arxiv.org/abs/2010.04159.
     """
     if level_start_index is None:
-        areas = spatial_shapes.prod(1)
+        areas = spatial_shapes.prod(-1)
         level_start_index = areas.cumsum(0) - areas
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if sampling_locations.dtype != attention_weights.dtype or (

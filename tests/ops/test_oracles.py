@@ -1,0 +1,149 @@
+"""Independent implementations: onnxruntime, mmcv, torchvision, torch's grid_sample.
+
+Each is skipped, visibly, where its package is missing.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import test_deform_conv2d, test_ms_deform_attn
+from .contracts.operator import TYPES, Arguments, assert_near
+
+CONV, ATTENTION = test_deform_conv2d.TestContract(), test_ms_deform_attn.TestContract()
+# onnxruntime and mmcv have no empty batches.
+CONV_CASES = [key for key in CONV.cases if key != "no-image"]
+FLOATS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+
+
+def onnx_deform_conv(arguments: Arguments, opset: int) -> Tensor:
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime", minversion="1.25")
+    feeds = {"X": arguments["input"], "W": arguments["weight"], "offset": arguments["offset"],
+             "B": arguments["bias"], "mask": arguments["mask"]}  # fmt: skip
+    names = [key if feeds[key] is not None else "" for key in feeds]
+    feeds = {key: value.numpy() for key, value in feeds.items() if value is not None}
+    element = onnx.helper.np_dtype_to_tensor_dtype(feeds["X"].dtype)
+    *_, groups, deform_groups = CONV.schema_arguments(arguments)
+    while names[-1] == "":
+        names.pop()
+    node = onnx.helper.make_node(
+        "DeformConv",
+        names,
+        ["Y"],
+        kernel_shape=list(arguments["weight"].shape[2:]),
+        strides=list(arguments["stride"]),
+        pads=list(arguments["padding"]) * 2,
+        dilations=list(arguments["dilation"]),
+        group=groups,
+        offset_group=deform_groups,
+    )
+    graph = onnx.helper.make_graph(
+        [node],
+        "deform_conv2d",
+        [onnx.helper.make_tensor_value_info(k, element, v.shape) for k, v in feeds.items()],
+        [onnx.helper.make_tensor_value_info("Y", element, None)],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9
+    )
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return torch.from_numpy(session.run(None, feeds)[0])
+
+
+@FLOATS
+@pytest.mark.parametrize("opset", [19, 22])
+@pytest.mark.parametrize("key", CONV_CASES)
+def test_deform_conv2d_equals_onnxruntime(key: str, opset: int, dtype: torch.dtype) -> None:
+    arguments = CONV.place(CONV.cases[key].make(), (dtype, dtype), requires_grad=False)
+    expected = onnx_deform_conv(arguments, opset)
+    assert_near({"output": CONV.call(arguments)}, {"output": expected}, dtype)
+
+
+def test_deform_conv2d_border_equals_onnxruntime() -> None:
+    """Samples all around the border, v1 and v2, at integer positions and between."""
+    arguments = CONV.place(CONV.cases["plain-3x3"].make(), TYPES["fp64"], requires_grad=False)
+    offset = arguments["offset"]
+    offset.copy_(torch.randint(-20, 21, offset.shape) / 4)
+    for mask in (arguments["mask"], None):
+        case = {**arguments, "mask": mask}
+        expected = onnx_deform_conv(case, 19)
+        assert_near({"output": CONV.call(case)}, {"output": expected}, torch.float64)
+
+
+def mmcv_deform_conv(arguments: Arguments) -> Tensor:
+    mmcv_ops = pytest.importorskip("mmcv.ops", exc_type=ImportError)
+    input, offset, mask, weight, bias, *geometry = CONV.schema_arguments(arguments)
+    if mask is not None:
+        return mmcv_ops.modulated_deform_conv2d(input, offset, mask, weight, bias, *geometry)
+    output = mmcv_ops.deform_conv2d(input, offset, weight, *geometry, False, 1)
+    return output if bias is None else output + bias[:, None, None]
+
+
+@pytest.mark.parametrize("key", CONV_CASES)
+def test_deform_conv2d_equals_mmcv(key: str) -> None:
+    arguments = CONV.place(CONV.cases[key].make(), TYPES["fp64"])
+    grad_output = CONV.grad_output(arguments)
+    expected = CONV.run(mmcv_deform_conv, arguments, grad_output)
+    assert_near(CONV.run(CONV.call, arguments, grad_output), expected, torch.float64)
+
+
+@pytest.mark.parametrize("key", CONV_CASES)
+def test_deform_conv2d_equals_torchvision(key: str) -> None:
+    torchvision_ops = pytest.importorskip("torchvision.ops", exc_type=ImportError)
+    arguments = CONV.place(CONV.cases[key].make(), TYPES["fp64"])
+    grad_output = CONV.grad_output(arguments)
+    expected = CONV.run(lambda a: torchvision_ops.deform_conv2d(**a), arguments, grad_output)
+    assert_near(CONV.run(CONV.call, arguments, grad_output), expected, torch.float64)
+
+
+def grid_sample_attention(arguments: Arguments) -> Tensor:
+    value, spatial_shapes, starts, locations, weights = arguments.values()
+    batch, _, heads, channels = value.shape
+    _, queries, _, _, points, _ = locations.shape
+    output: Any = 0
+    for level, (height, width) in enumerate(spatial_shapes.tolist()):
+        pixels = value[:, starts[level] : starts[level] + height * width].permute(0, 2, 3, 1)
+        samples = F.grid_sample(
+            pixels.reshape(batch * heads, channels, height, width),
+            2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1,
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
+        )  # (N*M, Dh, Lq, P)
+        level_weights = weights[:, :, :, level].transpose(1, 2).reshape(-1, 1, queries, points)
+        output = output + (samples * level_weights).sum(3)
+    return output.view(batch, heads * channels, queries).transpose(1, 2)
+
+
+@FLOATS
+@pytest.mark.parametrize(
+    "key", [k for k in ATTENTION.cases if k not in ("no-image", "no-query", "empty-level")]
+)
+def test_ms_deform_attn_equals_grid_sample(key: str, dtype: torch.dtype) -> None:
+    arguments = ATTENTION.place(ATTENTION.cases[key].make(), (dtype, dtype))
+    grad_output = ATTENTION.grad_output(arguments)
+    expected = ATTENTION.run(
+        grid_sample_attention, ATTENTION.place(arguments, TYPES["fp64"]), grad_output.double()
+    )
+    assert_near(ATTENTION.run(ATTENTION.call, arguments, grad_output), expected, dtype)
+
+
+@pytest.mark.parametrize("key", ["asymmetric", "5-levels", "33-channels"])
+def test_ms_deform_attn_equals_mmcv(key: str) -> None:
+    mmcv_ops = pytest.importorskip("mmcv.ops.multi_scale_deform_attn", exc_type=ImportError)
+    arguments = ATTENTION.place(ATTENTION.cases[key].make(), TYPES["fp64"])
+    grad_output = ATTENTION.grad_output(arguments)
+
+    def mmcv(arguments: Arguments) -> Tensor:
+        tensors = {k: v for k, v in arguments.items() if k != "level_start_index"}
+        tensors["value_spatial_shapes"] = tensors.pop("spatial_shapes")
+        return mmcv_ops.multi_scale_deformable_attn_pytorch(**tensors)
+
+    expected = ATTENTION.run(mmcv, arguments, grad_output)
+    assert_near(ATTENTION.run(ATTENTION.call, arguments, grad_output), expected, torch.float64)
