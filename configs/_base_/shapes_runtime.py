@@ -4,3 +4,4 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=1),
     logger=dict(type="LoggerHook", interval=10),
 )
+randomness = dict(seed=0)

@@ -51,7 +51,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_configs_are_found() -> None:
     names = {name_of(path) for path in CONFIGS}
-    assert len(names) == 11
+    assert len(names) >= 11
     assert {"dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "dcnv2/mask-rcnn_r50_shapes"} < names
 
 
