@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -16,6 +17,8 @@ namespace {
 
 // Multiply-adds below which a second thread does not pay.
 constexpr int64_t kGrain = 1 << 17;
+// Samples per token from which it pays to copy a head's value before sampling it.
+constexpr int64_t kSamplesPerCopy = 16;
 
 const MsDeformAttnKernels& select_kernels(ScalarType data, ScalarType coordinates) {
   const auto table = []() -> const MsDeformAttnTable& {
@@ -115,7 +118,26 @@ struct Call {
     });
   }
 
-  int64_t rows() const { return value.size(0) * args.queries * args.heads; }
+  // Runs forward or backward_points on all rows, one head after another.
+  void run(void (*kernel)(const MsDeformAttnArgs&, const MsDeformAttnBlock&, int64_t*,
+                          void*)) const {
+    parallel(units() * args.queries, row_cost(), [&](int64_t begin, int64_t end, int64_t* scratch) {
+      std::optional<Tensor> copy;
+      for (int64_t row = begin; row < end;) {
+        const int64_t unit = row / args.queries, first = row % args.queries;
+        const int64_t last = std::min(args.queries, first + end - row);
+        const bool copies = 4 * args.points * (last - first) > kSamplesPerCopy * args.tokens;
+        if (copies && !copy) {
+          copy = torch::stable::empty({args.tokens * args.channels}, value.scalar_type());
+        }
+        kernel(args, {unit / args.heads, unit % args.heads, first, last}, scratch,
+               copies ? copy->mutable_data_ptr() : nullptr);
+        row += last - first;
+      }
+    });
+  }
+
+  int64_t units() const { return value.size(0) * args.heads; }
   int64_t row_cost() const { return 4 * args.points * args.channels; }
 };
 
@@ -131,9 +153,7 @@ Tensor ms_deform_attn_cpu(const Tensor& value, const Tensor& spatial_shapes,
   Tensor output = torch::stable::new_empty(
       value, {value.size(0), args.queries, args.heads * args.channels}, value.scalar_type());
   args.output = output.mutable_data_ptr();
-  call.parallel(call.rows(), call.row_cost(), [&](int64_t begin, int64_t end, int64_t* scratch) {
-    kernels.forward(args, begin, end, scratch);
-  });
+  call.run(kernels.forward);
   return output;
 }
 
@@ -141,7 +161,7 @@ Tensor ms_deform_attn_cpu(const Tensor& value, const Tensor& spatial_shapes,
 // to the same place and sums are always taken in the same order.
 void backward_value(const Call& call, const MsDeformAttnKernels& kernels) {
   const MsDeformAttnArgs& args = call.args;
-  const int64_t units = call.value.size(0) * args.heads;
+  const int64_t units = call.units();
   // Split channels only where there are more threads than images and heads, and by whole
   // cache lines.
   constexpr int64_t kBlock = 16;
@@ -186,9 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
   args.grad_value = grad_value.mutable_data_ptr();
   args.grad_locations = grad_locations.mutable_data_ptr();
   args.grad_weights = grad_weights.mutable_data_ptr();
-  call.parallel(call.rows(), call.row_cost(), [&](int64_t begin, int64_t end, int64_t* scratch) {
-    kernels.backward_points(args, begin, end, scratch);
-  });
+  call.run(kernels.backward_points);
   backward_value(call, kernels);
   return {grad_value, grad_locations, grad_weights};
 }

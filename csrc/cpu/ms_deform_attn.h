@@ -36,16 +36,24 @@ struct MsDeformAttnArgs {
   void* grad_weights = nullptr;       // C [N, Lq, M, L * P]
 };
 
+// Queries [first, last) of one image and head.
+struct MsDeformAttnBlock {
+  int64_t image, head, first, last;
+};
+
 // Words of int64_t that each kernel needs as scratch memory per point.
 constexpr int64_t kMsDeformAttnScratch = 18;
 
+// `copy` is null or memory of T [S, Dh] for a copy of the head's value, which is faster to sample:
+// in value itself a head's pixels are M * Dh channels apart and compete for few lines of a cache.
 struct MsDeformAttnKernels {
-  // Writes the output of rows [begin, end).
-  void (*forward)(const MsDeformAttnArgs&, int64_t begin, int64_t end, int64_t* scratch);
-  // Writes grad_locations and grad_weights of rows [begin, end).
-  void (*backward_points)(const MsDeformAttnArgs&, int64_t begin, int64_t end, int64_t* scratch);
+  // Writes the output of a block.
+  void (*forward)(const MsDeformAttnArgs&, const MsDeformAttnBlock&, int64_t* scratch, void* copy);
+  // Writes grad_locations and grad_weights of a block.
+  void (*backward_points)(const MsDeformAttnArgs&, const MsDeformAttnBlock&, int64_t* scratch,
+                          void* copy);
   // Writes grad_value of `channels` channels from `channel` on, of one image and head. `sums` is
-  // scratch memory of A [S + 1, channels].
+  // memory of A [S + 1, channels].
   void (*backward_value)(const MsDeformAttnArgs&, int64_t image, int64_t head, int64_t channel,
                          int64_t channels, int64_t* scratch, void* sums);
 };

@@ -210,24 +210,34 @@ inline void scatter(const Points<A>& points, Run<kVectors> run, const T* grad_ou
   }
 }
 
-// Calls function(row) for rows [begin, end) with the corners of their points in value.
+// Calls function(row) for the rows of a block with the corners of their points in value, or in
+// `copy`, to which this copies the head's channels of all tokens.
 template <typename T, typename C, typename A, typename F>
-inline void for_each_row(const MsDeformAttnArgs& args, int64_t begin, int64_t end,
+inline void for_each_row(const MsDeformAttnArgs& args, const MsDeformAttnBlock& block, void* copy,
                          const Points<A>& points, F&& function) {
-  const int64_t value = reinterpret_cast<int64_t>(args.value);
+  const char* value = static_cast<const char*>(args.value) + block.image * args.value_image_bytes +
+                      block.head * args.value_head_bytes;
+  int64_t base = reinterpret_cast<int64_t>(value), stride = args.value_token_bytes;
+  if (copy != nullptr) {
+    base = reinterpret_cast<int64_t>(copy);
+    stride = args.channels * sizeof(T);
+    for (int64_t token = 0; token < args.tokens; ++token) {
+      std::memcpy(at<char>(base, token * stride), value + token * args.value_token_bytes, stride);
+    }
+  }
   const int64_t outside = reinterpret_cast<int64_t>(args.zeros);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t image = row / (args.queries * args.heads), head = row % args.heads;
-    const int64_t base = value + image * args.value_image_bytes + head * args.value_head_bytes;
-    locate<T, C>(args, row, base, args.value_token_bytes, outside, points);
+  for (int64_t query = block.first; query < block.last; ++query) {
+    const int64_t row = (block.image * args.queries + query) * args.heads + block.head;
+    locate<T, C>(args, row, base, stride, outside, points);
     function(row);
   }
 }
 
 template <typename T, typename C, typename A = Accumulation<T>>
-void forward(const MsDeformAttnArgs& args, int64_t begin, int64_t end, int64_t* scratch) {
+void forward(const MsDeformAttnArgs& args, const MsDeformAttnBlock& block, int64_t* scratch,
+             void* copy) {
   const Points<A> points(scratch, args.points);
-  for_each_row<T, C>(args, begin, end, points, [&](int64_t row) {
+  for_each_row<T, C>(args, block, copy, points, [&](int64_t row) {
     T* output = static_cast<T*>(args.output) + row * args.channels;
     for_each_run<A>(args.channels, [&](auto run) { gather(points, run, output); });
   });
@@ -253,10 +263,11 @@ inline void blend_gradients(const MsDeformAttnArgs& args, const Points<A>& point
 }
 
 template <typename T, typename C, typename A = Accumulation<T>>
-void backward_points(const MsDeformAttnArgs& args, int64_t begin, int64_t end, int64_t* scratch) {
+void backward_points(const MsDeformAttnArgs& args, const MsDeformAttnBlock& block, int64_t* scratch,
+                     void* copy) {
   const int64_t count = args.points;
   const Points<A> points(scratch, count);
-  for_each_row<T, C>(args, begin, end, points, [&](int64_t row) {
+  for_each_row<T, C>(args, block, copy, points, [&](int64_t row) {
     const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.channels;
     for (int64_t i = 0; i < 4 * count; ++i) points.dot[i] = 0;
     for_each_run<A>(args.channels, [&](auto run) { add_dots(points, run, grad_output); });
