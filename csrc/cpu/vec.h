@@ -2,7 +2,12 @@
 #pragma once
 
 #if defined(__F16C__) || defined(__AVX512F__)
+#pragma GCC diagnostic push
+// GCC 12 warns of its own _mm512_undefined_ps() wherever an intrinsic built on it is inlined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 #include <cstdint>
 
@@ -103,6 +108,56 @@ inline A sum(Vec<A> v) {
   for (int half = kLanes<A> / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+}
+
+// Reads the first `count` < kLanes numbers; the others are zero.
+template <typename T>
+inline Vec<Accumulation<T>> load_first(const T* from, int64_t count) {
+  T buffer[kLanes<Accumulation<T>>] = {};
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(mask, from));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_storeu_ps(buffer, _mm512_maskz_loadu_ps(mask, from));
+  } else {
+    _mm512_storeu_pd(buffer, _mm512_maskz_loadu_pd(mask, from));
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
+#endif
+  return load(buffer);
+}
+
+template <typename T>
+inline void store_first(T* to, Vec<Accumulation<T>> from, int64_t count) {
+  T buffer[kLanes<Accumulation<T>>];
+  store(buffer, from);
+  for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
+}
+
+// totals[j] += sum(v[j]).
+inline void add_sums(const Vec<double> (&v)[4], double* totals) {
+  for (int j = 0; j < 4; ++j) totals[j] += sum<double>(v[j]);
+}
+
+inline void add_sums(const Vec<float> (&v)[4], float* totals) {
+#if defined(__AVX2__)
+  __m256 half[4];
+  for (int j = 0; j < 4; ++j) {
+#if defined(__AVX512F__)
+    half[j] = _mm256_add_ps(_mm512_castps512_ps256(v[j]), _mm512_extractf32x8_ps(v[j], 1));
+#else
+    half[j] = v[j];
+#endif
+  }
+  const __m256 pairs =
+      _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  _mm_storeu_ps(totals, _mm_add_ps(_mm_loadu_ps(totals), sums));
+#else
+  for (int j = 0; j < 4; ++j) totals[j] += sum<float>(v[j]);
+#endif
 }
 
 }  // namespace MMDEFORM_CPU_NAMESPACE

@@ -1,0 +1,322 @@
+// See ms_deform_attn.h. Compiled once per instruction set.
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/ms_deform_attn.h"
+#include "cpu/vec.h"
+
+namespace mmdeform {
+namespace MMDEFORM_CPU_NAMESPACE {
+namespace {
+
+// What is known about the points of one row; arrays over points, corners ordered
+// top left, top right, bottom left, bottom right.
+template <typename A>
+struct Points {
+  int64_t count;
+  int64_t* address;  // [4][count], where the corner's channels begin
+  A* weight;         // [4][count], bilinear times attention weight
+  A* x;              // [count], position in pixels, then its fraction
+  A* y;
+  A* attention;  // [count], zero outside the image
+  A* dot;        // [count][4], <grad_output, corner>
+  A* grad;       // [3 * count], where C is narrower than A
+  A* input;      // [3 * count], where C is narrower than A
+
+  Points(int64_t* scratch, int64_t count)
+      : count(count),
+        address(scratch),
+        weight(reinterpret_cast<A*>(scratch + 4 * count)),
+        x(weight + 4 * count),
+        y(x + count),
+        attention(y + count),
+        dot(attention + count),
+        grad(dot + 4 * count),
+        input(grad) {}
+};
+
+// Brings `count` numbers to the accumulation type, in `buffer` unless they have it already.
+template <typename C, typename A>
+inline const A* widen_all(const C* from, A* buffer, int64_t count) {
+  if constexpr (std::is_same_v<C, A>) {
+    return from;
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store(buffer + i, load(from + i));
+    for (; i < count; ++i) buffer[i] = widen(from[i]);
+    return buffer;
+  }
+}
+
+template <typename A, typename C>
+inline void narrow_all(const A* from, C* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = narrow<C>(from[i]);
+}
+
+// Finds the corners of a row's points in memory where token t lies at base + t * stride; corners
+// outside the image are at `outside`.
+template <typename T, typename C, typename A = Accumulation<T>>
+void locate(const MsDeformAttnArgs& args, int64_t row, int64_t base, int64_t stride,
+            int64_t outside, const Points<A>& points) {
+  const int64_t count = points.count;
+  const C* row_locations = static_cast<const C*>(args.locations) + row * 2 * count;
+  const C* row_weights = static_cast<const C*>(args.weights) + row * count;
+  const A* __restrict__ locations = widen_all(row_locations, points.input, 2 * count);
+  const A* __restrict__ attention = widen_all(row_weights, points.input + 2 * count, count);
+  const A* __restrict__ width_a = static_cast<const A*>(args.width_a);
+  const A* __restrict__ height_a = static_cast<const A*>(args.height_a);
+  A* __restrict__ x_of = points.x;
+  A* __restrict__ y_of = points.y;
+  for (int64_t i = 0; i < count; ++i) {
+    x_of[i] = locations[2 * i] * width_a[i];
+    y_of[i] = locations[2 * i + 1] * height_a[i];
+  }
+  // Products are rounded before 0.5 is subtracted, as in the reference: a fused multiply-add could
+  // end on the other side of a pixel's edge, where gradients differ.
+  asm volatile("" : : "r"(x_of), "r"(y_of) : "memory");
+  const int32_t* __restrict__ widths = args.width;
+  const int32_t* __restrict__ heights = args.height;
+  const int64_t* __restrict__ starts = args.start;
+  int64_t* __restrict__ address = points.address;
+  A* __restrict__ weight = points.weight;
+  A* __restrict__ kept = points.attention;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    A x = x_of[i] - A(0.5), y = y_of[i] - A(0.5), a = attention[i];
+    const bool inside = (x > A(-1)) & (x < width_a[i]) & (y > A(-1)) & (y < height_a[i]);
+    x = inside ? x : A(0);
+    y = inside ? y : A(0);
+    a = inside ? a : A(0);
+    int32_t column = static_cast<int32_t>(x), line = static_cast<int32_t>(y);
+    column -= static_cast<A>(column) > x;
+    line -= static_cast<A>(line) > y;
+    x -= static_cast<A>(column);
+    y -= static_cast<A>(line);
+    x_of[i] = x;
+    y_of[i] = y;
+    kept[i] = a;
+    const A upper = a * (1 - y), lower = a * y;
+    weight[i] = upper * (1 - x);
+    weight[count + i] = upper * x;
+    weight[2 * count + i] = lower * (1 - x);
+    weight[3 * count + i] = lower * x;
+
+    const uint32_t width = widths[i], height = heights[i];
+    const bool left = inside & (static_cast<uint32_t>(column) < width);
+    const bool right = inside & (static_cast<uint32_t>(column + 1) < width);
+    const bool top = static_cast<uint32_t>(line) < height;
+    const bool bottom = static_cast<uint32_t>(line + 1) < height;
+    const int32_t pixel = line * static_cast<int32_t>(width) + column;
+    const int64_t upper_left = (starts[i] + pixel) * stride + base - outside;
+    const int64_t lower_left = upper_left + static_cast<int64_t>(width) * stride;
+    address[i] = outside + (upper_left & -int64_t(top & left));
+    address[count + i] = outside + ((upper_left + stride) & -int64_t(top & right));
+    address[2 * count + i] = outside + (lower_left & -int64_t(bottom & left));
+    address[3 * count + i] = outside + ((lower_left + stride) & -int64_t(bottom & right));
+  }
+}
+
+// A run of adjacent channels: kVectors registers, or, where that is 0, part of one.
+template <int kVectors>
+struct Run {
+  static constexpr int kRegisters = kVectors == 0 ? 1 : kVectors;
+  int64_t channel, count;
+
+  template <typename T>
+  auto read(const T* from, int k) const {
+    if constexpr (kVectors == 0) return load_first(from, count);
+    if constexpr (kVectors != 0) return load(from + k * kLanes<Accumulation<T>>);
+  }
+  template <typename T>
+  void write(T* to, int k, Vec<Accumulation<T>> values) const {
+    if constexpr (kVectors == 0) store_first(to, values, count);
+    if constexpr (kVectors != 0) store(to + k * kLanes<Accumulation<T>>, values);
+  }
+};
+
+// Calls function(Run) for runs that cover `channels` channels.
+template <typename A, typename F>
+inline void for_each_run(int64_t channels, F&& function) {
+  constexpr int64_t kWidth = kLanes<A>;
+  int64_t channel = 0;
+  for (; channel + 4 * kWidth <= channels; channel += 4 * kWidth) function(Run<4>{channel, 0});
+  if (channel + 2 * kWidth <= channels) {
+    function(Run<2>{channel, 0});
+    channel += 2 * kWidth;
+  }
+  if (channel + kWidth <= channels) {
+    function(Run<1>{channel, 0});
+    channel += kWidth;
+  }
+  if (channel < channels) function(Run<0>{channel, channels - channel});
+}
+
+template <typename T>
+inline T* at(int64_t address, int64_t channel) {
+  return reinterpret_cast<T*>(address) + channel;
+}
+
+// output = sum of weight * corner over points and corners.
+template <typename T, int kVectors, typename A = Accumulation<T>>
+inline void gather(const Points<A>& points, Run<kVectors> run, T* output) {
+  constexpr int kRegisters = Run<kVectors>::kRegisters;
+  // Two sums: consecutive additions wait less for each other.
+  Vec<A> total[2][kRegisters] = {};
+  for (int64_t i = 0; i < points.count; ++i) {
+    for (int corner = 0; corner < 4; ++corner) {
+      const T* pixel = at<const T>(points.address[corner * points.count + i], run.channel);
+      const Vec<A> weight = broadcast(points.weight[corner * points.count + i]);
+      for (int k = 0; k < kRegisters; ++k) total[corner / 2][k] += weight * run.read(pixel, k);
+    }
+  }
+  for (int k = 0; k < kRegisters; ++k) {
+    run.write(output + run.channel, k, total[0][k] + total[1][k]);
+  }
+}
+
+// dot += <grad_output, corner> for all points and corners.
+template <typename T, int kVectors, typename A = Accumulation<T>>
+inline void add_dots(const Points<A>& points, Run<kVectors> run, const T* grad_output) {
+  constexpr int kRegisters = Run<kVectors>::kRegisters;
+  Vec<A> grad[kRegisters];
+  for (int k = 0; k < kRegisters; ++k) grad[k] = run.read(grad_output + run.channel, k);
+  for (int64_t i = 0; i < points.count; ++i) {
+    Vec<A> product[4];
+    for (int corner = 0; corner < 4; ++corner) {
+      const T* pixel = at<const T>(points.address[corner * points.count + i], run.channel);
+      product[corner] = grad[0] * run.read(pixel, 0);
+      for (int k = 1; k < kRegisters; ++k) product[corner] += grad[k] * run.read(pixel, k);
+    }
+    add_sums(product, points.dot + 4 * i);
+  }
+}
+
+// corner += weight * grad_output for all points and corners.
+template <typename T, int kVectors, typename A = Accumulation<T>>
+inline void scatter(const Points<A>& points, Run<kVectors> run, const T* grad_output) {
+  constexpr int kRegisters = Run<kVectors>::kRegisters;
+  Vec<A> grad[kRegisters];
+  for (int k = 0; k < kRegisters; ++k) grad[k] = run.read(grad_output + run.channel, k);
+  for (int64_t i = 0; i < points.count; ++i) {
+    for (int corner = 0; corner < 4; ++corner) {
+      A* pixel = at<A>(points.address[corner * points.count + i], run.channel);
+      const Vec<A> weight = broadcast(points.weight[corner * points.count + i]);
+      for (int k = 0; k < kRegisters; ++k) {
+        run.write(pixel, k, run.read(static_cast<const A*>(pixel), k) + weight * grad[k]);
+      }
+    }
+  }
+}
+
+// Calls function(row) for the rows of a block with the corners of their points in value, or in
+// `copy`, to which this copies the head's channels of all tokens.
+template <typename T, typename C, typename A, typename F>
+inline void for_each_row(const MsDeformAttnArgs& args, const MsDeformAttnBlock& block, void* copy,
+                         const Points<A>& points, F&& function) {
+  const char* value = static_cast<const char*>(args.value) + block.image * args.value_image_bytes +
+                      block.head * args.value_head_bytes;
+  int64_t base = reinterpret_cast<int64_t>(value), stride = args.value_token_bytes;
+  if (copy != nullptr) {
+    base = reinterpret_cast<int64_t>(copy);
+    stride = args.channels * sizeof(T);
+    for (int64_t token = 0; token < args.tokens; ++token) {
+      std::memcpy(at<char>(base, token * stride), value + token * args.value_token_bytes, stride);
+    }
+  }
+  const int64_t outside = reinterpret_cast<int64_t>(args.zeros);
+  for (int64_t query = block.first; query < block.last; ++query) {
+    const int64_t row = (block.image * args.queries + query) * args.heads + block.head;
+    locate<T, C>(args, row, base, stride, outside, points);
+    function(row);
+  }
+}
+
+template <typename T, typename C, typename A = Accumulation<T>>
+void forward(const MsDeformAttnArgs& args, const MsDeformAttnBlock& block, int64_t* scratch,
+             void* copy) {
+  const Points<A> points(scratch, args.points);
+  for_each_row<T, C>(args, block, copy, points, [&](int64_t row) {
+    T* output = static_cast<T*>(args.output) + row * args.channels;
+    for_each_run<A>(args.channels, [&](auto run) { gather(points, run, output); });
+  });
+}
+
+// The gradients of the bilinear blend, from the corners' dot products with grad_output.
+template <typename A>
+inline void blend_gradients(const MsDeformAttnArgs& args, const Points<A>& points,
+                            A* __restrict__ grad_locations, A* __restrict__ grad_weights) {
+  const A* __restrict__ dot = points.dot;
+  const A* __restrict__ width = static_cast<const A*>(args.width_a);
+  const A* __restrict__ height = static_cast<const A*>(args.height_a);
+  for (int64_t i = 0; i < points.count; ++i) {
+    const A x = points.x[i], y = points.y[i], a = points.attention[i];
+    const A across_top = dot[4 * i + 1] - dot[4 * i];
+    const A across_bottom = dot[4 * i + 3] - dot[4 * i + 2];
+    const A top = dot[4 * i] + x * across_top;
+    const A bottom = dot[4 * i + 2] + x * across_bottom;
+    grad_weights[i] = top + y * (bottom - top);
+    grad_locations[2 * i] = a * width[i] * (across_top + y * (across_bottom - across_top));
+    grad_locations[2 * i + 1] = a * height[i] * (bottom - top);
+  }
+}
+
+template <typename T, typename C, typename A = Accumulation<T>>
+void backward_points(const MsDeformAttnArgs& args, const MsDeformAttnBlock& block, int64_t* scratch,
+                     void* copy) {
+  const int64_t count = args.points;
+  const Points<A> points(scratch, count);
+  for_each_row<T, C>(args, block, copy, points, [&](int64_t row) {
+    const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.channels;
+    for (int64_t i = 0; i < 4 * count; ++i) points.dot[i] = 0;
+    for_each_run<A>(args.channels, [&](auto run) { add_dots(points, run, grad_output); });
+    C* grad_locations = static_cast<C*>(args.grad_locations) + row * 2 * count;
+    C* grad_weights = static_cast<C*>(args.grad_weights) + row * count;
+    if constexpr (std::is_same_v<C, A>) {
+      blend_gradients(args, points, grad_locations, grad_weights);
+    } else {
+      blend_gradients(args, points, points.grad, points.grad + 2 * count);
+      narrow_all(points.grad, grad_locations, 2 * count);
+      narrow_all(points.grad + 2 * count, grad_weights, count);
+    }
+  });
+}
+
+template <typename T, typename C, typename A = Accumulation<T>>
+void backward_value(const MsDeformAttnArgs& args, int64_t image, int64_t head, int64_t channel,
+                    int64_t channels, int64_t* scratch, void* sums_memory) {
+  const Points<A> points(scratch, args.points);
+  A* sums = static_cast<A*>(sums_memory);
+  const int64_t base = reinterpret_cast<int64_t>(sums), stride = channels * sizeof(A);
+  const int64_t outside = base + args.tokens * stride;
+  std::memset(sums, 0, (args.tokens + 1) * stride);
+  for (int64_t query = 0; query < args.queries; ++query) {
+    const int64_t row = (image * args.queries + query) * args.heads + head;
+    locate<T, C>(args, row, base, stride, outside, points);
+    const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.channels + channel;
+    for_each_run<A>(channels, [&](auto run) { scatter(points, run, grad_output); });
+  }
+  T* grad_value = static_cast<T*>(args.grad_value) +
+                  (image * args.tokens * args.heads + head) * args.channels + channel;
+  for (int64_t token = 0; token < args.tokens; ++token) {
+    narrow_all(sums + token * channels, grad_value + token * args.heads * args.channels, channels);
+  }
+}
+
+template <typename T, typename C>
+constexpr MsDeformAttnKernels kernels() {
+  return {forward<T, C>, backward_points<T, C>, backward_value<T, C>};
+}
+
+}  // namespace
+
+const MsDeformAttnTable& ms_deform_attn_table() {
+  static constexpr MsDeformAttnTable table = {
+      kernels<double, double>(), kernels<float, float>(),       kernels<Half, Half>(),
+      kernels<Half, float>(),    kernels<BFloat16, BFloat16>(), kernels<BFloat16, float>()};
+  return table;
+}
+
+}  // namespace MMDEFORM_CPU_NAMESPACE
+}  // namespace mmdeform
