@@ -14,7 +14,7 @@
 
 #ifdef __CUDACC__
 #define MMDEFORM_SHARED(type, name, count) __shared__ type name[count]
-#define MMDEFORM_DYNAMIC_SHARED(type, name)                    \
+#define MMDEFORM_DYNAMIC_SHARED(type, name)                     \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
 #endif
@@ -53,17 +53,19 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T, kCount>
   *reinterpret_cast<Vector<T, kCount>*>(address) = vector;
 }
 
-// The corner's channels, zero where the corner lies outside. Not a product with a zero weight: an
-// infinity read there would become NaN.
+// Channels of the four corners of a point, zero where a corner lies outside. Not left to a zero
+// weight: an infinity read there would become NaN. All loads are issued before any is used.
 template <int kCount, typename T, typename A>
-__device__ __forceinline__ Vector<T, kCount> load_corner(const T* image, int64_t pixel_stride,
-                                                         const BilinearPoint<A>& point, int W,
-                                                         int k) {
-  Vector<T, kCount> vector{};
-  if (has_corner(point, k)) {
-    vector = load_vector<kCount>(image + corner_pixel(point, W, k) * pixel_stride);
+__device__ __forceinline__ void load_corners(const T* image, int64_t pixel_stride,
+                                             const BilinearPoint<A>& point, int W,
+                                             Vector<T, kCount> (&corners)[4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    corners[k] = {};
+    if (has_corner(point, k)) {
+      corners[k] = load_vector<kCount>(image + corner_pixel(point, W, k) * pixel_stride);
+    }
   }
-  return vector;
 }
 
 // Writes sums in their final type.

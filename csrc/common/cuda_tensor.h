@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
@@ -14,12 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cuda_device.cuh"
 
 namespace mmdeform {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 using Shape = std::vector<int64_t>;
 
@@ -50,28 +47,19 @@ inline Tensor view_front(Tensor& buffer, const Shape& shape) {
   return torch::stable::view(torch::stable::narrow(buffer, 0, 0, count), shape);
 }
 
-inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_zeros(like, shape, dtype);
+// At an address fit for 16-byte accesses.
+inline Tensor aligned(const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  return address % kVectorBytes == 0 ? tensor : torch::stable::clone(tensor);
 }
 
-inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-// Contiguous and at an address fit for 16-byte accesses.
-inline Tensor aligned(const Tensor& contiguous) {
-  const auto address = reinterpret_cast<uintptr_t>(contiguous.data_ptr());
-  return address % kVectorBytes == 0 ? contiguous : torch::stable::clone(contiguous);
-}
-
-inline Tensor contiguous(const Tensor& tensor) {
+inline Tensor aligned_contiguous(const Tensor& tensor) {
   return aligned(torch::stable::contiguous(tensor));
 }
 
 // (A, B, H, W) with elements in the order (A, H, W, B).
-inline Tensor channels_last(const Tensor& tensor) {
-  return aligned(
-      torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast));
+inline Tensor aligned_channels_last(const Tensor& tensor) {
+  return aligned(torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast));
 }
 
 // Elements of one vector access over rows of these lengths: 16 bytes, or 1 where a row does not
@@ -84,35 +72,43 @@ inline int vector_length(const Tensor& tensor, std::initializer_list<int64_t> ro
   return static_cast<int>(length);
 }
 
-inline ScalarType accumulation_dtype(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 template <typename T>
 struct Type {
   using type = T;
 };
 
-// Calls function(Type<T>, Type<Coordinate>) for data of `dtype` with coordinates of `coordinates`.
+// Calls function(Type<T>, Type<Coordinate>) for data of `dtype` and coordinates of `coordinates`,
+// of which check_coordinate_dtype holds.
 template <typename Function>
-void dispatch_dtypes(const char* op, ScalarType dtype, ScalarType coordinates, Function function) {
-  const auto with_half = [&](auto type) {
+void dispatch_dtypes(const char* name, ScalarType dtype, ScalarType coordinates,
+                     const Function& function) {
+  const auto half = [&](auto type) {
     if (coordinates == dtype) return function(type, type);
-    STD_TORCH_CHECK(coordinates == ScalarType::Float, op, ": expected coordinates of dtype ",
-                    torch::headeronly::toString(dtype), " or Float, got ",
-                    torch::headeronly::toString(coordinates));
-    function(type, Type<float>());
+    return function(type, Type<float>());
   };
-  if (dtype == ScalarType::Half) return with_half(Type<torch::headeronly::Half>());
-  if (dtype == ScalarType::BFloat16) return with_half(Type<torch::headeronly::BFloat16>());
-  STD_TORCH_CHECK(coordinates == dtype, op, ": expected coordinates of dtype ",
-                  torch::headeronly::toString(dtype), ", got ",
-                  torch::headeronly::toString(coordinates));
-  if (dtype == ScalarType::Float) return function(Type<float>(), Type<float>());
-  STD_TORCH_CHECK(dtype == ScalarType::Double,
-                  op, ": expected data of dtype Double, Float, Half or BFloat16, got ",
-                  torch::headeronly::toString(dtype));
-  function(Type<double>(), Type<double>());
+  switch (dtype) {
+    case ScalarType::Double:
+      return function(Type<double>(), Type<double>());
+    case ScalarType::Float:
+      return function(Type<float>(), Type<float>());
+    case ScalarType::Half:
+      return half(Type<torch::headeronly::Half>());
+    case ScalarType::BFloat16:
+      return half(Type<torch::headeronly::BFloat16>());
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype Double, Float, Half or BFloat16, got ",
+                      torch::headeronly::toString(dtype));
+  }
+}
+
+template <typename T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 }  // namespace mmdeform

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/ms_deform_attn_points.cuh"
+#include "cuda/segment_sum.cuh"
 
 namespace mmdeform {
 
@@ -21,15 +22,16 @@ __device__ __forceinline__ void multiply_corners(const T* image, A* grad_image,
                                                  int64_t token_stride,
                                                  const MsDeformAttnPoint<A>& point,
                                                  const Vector<T, kVector>& grad_output, A dot[4]) {
+  Vector<T, kVector> corners[4];
+  load_corners(image, token_stride, point.at, point.W, corners);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const auto corner = load_corner<kVector>(image, token_stride, point.at, point.W, k);
     const A weight = point.weight * corner_weight(point.at, k);
     A grad_corner[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const A grad = static_cast<A>(grad_output.data[i]);
-      dot[k] += grad * static_cast<A>(corner.data[i]);
+      dot[k] += grad * static_cast<A>(corners[k].data[i]);
       grad_corner[i] = weight * grad;
     }
     if (grad_image != nullptr && has_corner(point.at, k)) {

@@ -34,12 +34,13 @@ __global__ void __launch_bounds__(256)
       for (int j = 0; j < count; ++j) {
         const MsDeformAttnPoint<A> point = broadcast<kLanes>(own, j);
         if (!owns_channel) continue;
+        Vector<T, kVector> corners[4];
+        load_corners(image, token_stride, point.at, point.W, corners);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const auto corner = load_corner<kVector>(image, token_stride, point.at, point.W, k);
           const A weight = point.weight * corner_weight(point.at, k);
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) sum[i] += weight * static_cast<A>(corner.data[i]);
+          for (int i = 0; i < kVector; ++i) sum[i] += weight * static_cast<A>(corners[k].data[i]);
         }
       }
     }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 
 #include "common/cuda_device.cuh"
 #include "common/cuda_launch.h"
@@ -25,8 +26,7 @@ __global__ void __launch_bounds__(256)
     segment_sum_kernel(const int64_t* __restrict__ keys, const int64_t* __restrict__ order,
                        const A* __restrict__ weights, int64_t entries, int row_length, int lanes,
                        Source source, A* __restrict__ destination) {
-  const int64_t first =
-      divide(static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, lanes);
+  const int64_t first = divide(static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, lanes);
   if (first >= entries || keys[first] == kNoSegment) return;
   if (first > 0 && keys[first - 1] == keys[first]) return;
   const int lane = threadIdx.x % lanes;
@@ -61,9 +61,8 @@ void segment_sum(const CudaLauncher& launch, const Tensor& keys, const Tensor& w
       "aten::sort", "stable", keys, std::optional<bool>(true), int64_t{0}, false);
   const int lanes = lanes_for(row_length, kVector);
   launch("segment_sum_kernel", segment_sum_kernel<A, kVector, Source>,
-         ceil_div(entries * lanes, 256), 256, 0, sorted.template const_data_ptr<int64_t>(),
-         order.template const_data_ptr<int64_t>(), weights.template const_data_ptr<A>(), entries,
-         static_cast<int>(row_length), lanes, source, destination);
+         ceil_div(entries * lanes, 256), 256, 0, data_of<int64_t>(sorted), data_of<int64_t>(order),
+         data_of<A>(weights), entries, static_cast<int>(row_length), lanes, source, destination);
 }
 
 }  // namespace mmdeform

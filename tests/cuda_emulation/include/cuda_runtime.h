@@ -13,11 +13,14 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
-#define MMDEFORM_SHARED(type, name, count)                      \
-  static emulator::SharedArray<type, (count)> name##_array;     \
+#define MMDEFORM_SHARED(type, name, count)                  \
+  static emulator::SharedArray<type, (count)> name##_array; \
   type* const name = name##_array.data()
 #define MMDEFORM_DYNAMIC_SHARED(type, name) \
   type* const name = reinterpret_cast<type*>(emulator::Machine::get().dynamic_shared())
+
+using std::max;
+using std::min;
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
@@ -83,4 +86,6 @@ T atomicAdd(T* address, T value) {
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 
-[[noreturn]] inline void __trap() { throw std::runtime_error("CUDA emulator: __trap() was called"); }
+[[noreturn]] inline void __trap() {
+  throw std::runtime_error("CUDA emulator: __trap() was called");
+}

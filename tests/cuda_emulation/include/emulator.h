@@ -87,10 +87,10 @@ class Machine {
     std::lock_guard<std::mutex> lock(mutex_);
     kernel_ = kernel;
     if (grid.x == 0 || threads == 0 || threads > kMaxThreads || shared_bytes > kMaxSharedBytes) {
-      throw std::runtime_error(describe() + "invalid launch configuration: " +
-                               std::to_string(grid.x) + " blocks of " + std::to_string(threads) +
-                               " threads with " + std::to_string(shared_bytes) +
-                               " bytes of shared memory");
+      throw std::runtime_error(describe() +
+                               "invalid launch configuration: " + std::to_string(grid.x) +
+                               " blocks of " + std::to_string(threads) + " threads with " +
+                               std::to_string(shared_bytes) + " bytes of shared memory");
     }
     const char* seed = std::getenv("MMDEFORM_EMULATION_SEED");
     seed_ = seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10);
