@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(256)
       const int count = min(kLanes, shape.points() - base);
 #pragma unroll 4
       for (int j = 0; j < count; ++j) {
-        const MsDeformAttnPoint<A> point = broadcast<kLanes>(own, j);
-        if (!owns_channel) continue;
+        MsDeformAttnPoint<A> point = broadcast<kLanes>(own, j);
+        if (!owns_channel) point.at.corners = 0;  // no branch: loads of several points overlap
         Vector<T, kVector> corners[4];
         load_corners(image, token_stride, point.at, point.W, corners);
 #pragma unroll
