@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/checks.h"
@@ -76,6 +77,9 @@ template <typename T>
 struct Type {
   using type = T;
 };
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
 
 // Calls function(Type<T>, Type<Coordinate>) for data of `dtype` and coordinates of `coordinates`,
 // of which check_coordinate_dtype holds.

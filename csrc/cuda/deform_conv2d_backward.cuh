@@ -68,12 +68,11 @@ __device__ __forceinline__ DeformConv2dPointGradient<A> sum_sample_gradient(
 // Lanes as in the forward kernel. Gradients of the block's points are gathered in shared memory and
 // stored together, neighbours side by side.
 template <typename T, typename C, int kVector>
-__global__ void __launch_bounds__(kDeformConv2dThreads, 2)
-    deform_conv2d_backward_kernel(const T* __restrict__ input,  // (N, H, W, C)
-                                  DeformConv2dOffsets<C> offsets, DeformConv2dShape shape,
-                                  DeformConv2dTile tile, int lanes,
-                                  T* __restrict__ columns,  // in: their gradient; (G, count, T, C/G)
-                                  DeformConv2dGradients<accumulation_t<T>, C> gradients) {
+__global__ void __launch_bounds__(kDeformConv2dThreads, 2) deform_conv2d_backward_kernel(
+    const T* __restrict__ input,  // (N, H, W, C)
+    DeformConv2dOffsets<C> offsets, DeformConv2dShape shape, DeformConv2dTile tile, int lanes,
+    T* __restrict__ columns,  // in: their gradient; (G, count, T, C/G)
+    DeformConv2dGradients<accumulation_t<T>, C> gradients) {
   using A = accumulation_t<T>;
   MMDEFORM_SHARED(DeformConv2dSample<A>, samples, kDeformConv2dPoints);
   MMDEFORM_SHARED(DeformConv2dPointGradient<A>, results, kDeformConv2dPoints);
@@ -86,10 +85,9 @@ __global__ void __launch_bounds__(kDeformConv2dThreads, 2)
     for (int c = lane * kVector; c < channels; c += lanes * kVector) {
       const int channel = sample.first_channel + c;
       const int64_t offset = sample.first_pixel * shape.C + channel;
-      backward_channels<kVector>(input + offset,
-                                 gradients.input == nullptr ? nullptr : gradients.input + offset,
-                                 shape.C, sample, shape.W,
-                                 columns + column_index(shape, tile, sample, channel), dot);
+      backward_channels<kVector>(
+          input + offset, gradients.input == nullptr ? nullptr : gradients.input + offset, shape.C,
+          sample, shape.W, columns + column_index(shape, tile, sample, channel), dot);
     }
     const auto gradient = sum_sample_gradient(sample, dot, lanes);
     if (lane == 0) results[s] = gradient;
@@ -146,8 +144,7 @@ struct DeformConv2dEntrySource {
     const int deform_group = group_and_tap / shape.taps();
     const int tap = group_and_tap - deform_group * shape.taps();
     DeformConv2dSample<accumulation_t<T>> sample{};
-    sample.row =
-        (static_cast<int64_t>(pixel) * shape.taps() + tap) * shape.channels_per_group();
+    sample.row = (static_cast<int64_t>(pixel) * shape.taps() + tap) * shape.channels_per_group();
     channel += deform_group * shape.channels_per_deform_group();
     return grad_columns + column_index(shape, tile, sample, channel);
   }

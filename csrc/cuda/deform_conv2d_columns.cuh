@@ -79,8 +79,9 @@ __global__ void __launch_bounds__(kDeformConv2dThreads)
   if (!element.active) return;
   const T value = tile_output[element.in_tile];
   output[element.in_output] =
-      bias == nullptr ? value
-                      : static_cast<T>(static_cast<A>(value) + static_cast<A>(bias[element.channel]));
+      bias == nullptr
+          ? value
+          : static_cast<T>(static_cast<A>(value) + static_cast<A>(bias[element.channel]));
 }
 
 // Takes a tile out of the gradient of the output.

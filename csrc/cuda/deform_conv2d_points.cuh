@@ -41,7 +41,7 @@ struct DeformConv2dOffsets {
 // A point is one tap of one deform group at one output pixel. Within a tile points are numbered
 // with the pixel running fastest, as the offsets lie in memory.
 struct DeformConv2dPointIndex {
-  int pixel;             // within the tile
+  int pixel;  // within the tile
   int deform_group;
   int tap;
   int64_t image;
@@ -83,17 +83,19 @@ __device__ __forceinline__ DeformConv2dSample<A> load_sample(const DeformConv2dS
                                                              const DeformConv2dPointIndex& index) {
   const int tap_h = index.tap / shape.Kw, tap_w = index.tap - tap_h * shape.Kw;
   const C* offset = offsets.offset + index.offset_index;
-  const A h = static_cast<A>(index.out_h * shape.stride_h - shape.pad_h + tap_h * shape.dilation_h) +
-              static_cast<A>(offset[0]);
-  const A w = static_cast<A>(index.out_w * shape.stride_w - shape.pad_w + tap_w * shape.dilation_w) +
-              static_cast<A>(offset[shape.Ho * shape.Wo]);
+  const A h =
+      static_cast<A>(index.out_h * shape.stride_h - shape.pad_h + tap_h * shape.dilation_h) +
+      static_cast<A>(offset[0]);
+  const A w =
+      static_cast<A>(index.out_w * shape.stride_w - shape.pad_w + tap_w * shape.dilation_w) +
+      static_cast<A>(offset[shape.Ho * shape.Wo]);
   DeformConv2dSample<A> sample;
   sample.at = bilinear_point(h, w, shape.H, shape.W);
   sample.mask = offsets.mask == nullptr ? A(1) : static_cast<A>(offsets.mask[index.mask_index]);
   sample.first_channel = index.deform_group * shape.channels_per_deform_group();
   sample.first_pixel = index.image * shape.H * shape.W;
-  sample.row = (static_cast<int64_t>(index.pixel) * shape.taps() + index.tap) *
-               shape.channels_per_group();
+  sample.row =
+      (static_cast<int64_t>(index.pixel) * shape.taps() + index.tap) * shape.channels_per_group();
   return sample;
 }
 

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
-#include <type_traits>
 
 #include "common/checks.h"
 #include "common/cuda_launch.h"
@@ -71,9 +70,6 @@ struct PointTensors {
             data_of<C>(sampling_locations), data_of<C>(attention_weights)};
   }
 };
-
-template <int kValue>
-using Constant = std::integral_constant<int, kValue>;
 
 // Calls function(Constant<vector length>, Constant<lanes per row>). 32 lanes serve rows of any
 // length, fewer lanes rows of at most one vector each.
