@@ -46,14 +46,14 @@ class Stack(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, 1, 1, stride=2, bias=False)
         self.first = ModulatedDeformConv2dPack(1, 1, 3, stride=2, padding=1, bias=False)
-        self.second = DeformConv2dPack(1, 1, 3, padding=1)
+        self.second = ModulatedDeformConv2dPack(1, 1, 3, padding=1, bias=False)
         for parameter in self.parameters():
             nn.init.ones_(parameter)
         for layer in (self.first, self.second):
             nn.init.zeros_(layer.conv_offset.weight)
             nn.init.zeros_(layer.conv_offset.bias)
-        self.first.conv_offset.bias.data[:18] = torch.randint(-2, 3, (18,)).float()
-        self.second.conv_offset.bias.data[:] = torch.randint(-1, 2, (18,)).float()
+            layer.conv_offset.bias.data[:18] = torch.randint(-2, 3, (18,)).float()
+            layer.conv_offset.bias.data[18:] = torch.randn(9)  # modulation
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(self.stem(inputs)))
@@ -75,7 +75,6 @@ def test_traced_points_are_the_pixels_that_are_read(keyword: bool) -> None:
     assert points.shape == (81, 2)
     traced = {(int(x), int(y)) for x, y in points.tolist() if 0 <= x < 48 and 0 <= y < 64}
     assert traced == read and len(read) > 20
-    torch.testing.assert_close(weights, torch.full((81,), 0.5))  # v2's mask; v1 has none
     # Each pixel's gradient is the sum of the weights of the points that fall on it.
     summed = torch.zeros(64, 48)
     for (x, y), weight in zip(points.long().tolist(), weights, strict=True):
@@ -94,8 +93,16 @@ def test_without_offsets_the_points_are_the_regular_grid() -> None:
     assert (weights == 1).all()
     torch.testing.assert_close(
         trace_points([second], 16, 36)[0],
-        points + 4 * model.second.conv_offset.bias.view(9, 2).flip(1),
+        points + 4 * model.second.conv_offset.bias[:18].view(9, 2).flip(1),
     )
+
+
+def test_version_1_weighs_all_points_equally() -> None:
+    with record_sampling(model := DeformConv2dPack(2, 3, 3, padding=1, deform_groups=2)) as layers:
+        model(torch.zeros(2, 2, 5, 7))
+    (layer,) = layers.values()
+    assert layer.locations.shape == (2, 2, 9, 5, 7, 2) and layer.grid.shape == (1, 1, 9, 5, 7, 2)
+    assert torch.equal(layer.weights, torch.ones(2, 2, 9, 5, 7))
 
 
 def test_points_outside_a_map_end_there() -> None:

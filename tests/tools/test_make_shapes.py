@@ -96,6 +96,16 @@ def test_polygons_decode_to_the_drawn_pixels(tool: ModuleType) -> None:
     assert with_holes > 30
 
 
+def test_loops_keep_corner_contacts_apart(tool: ModuleType) -> None:
+    loops = tool.trace_loops(np.eye(2, dtype=bool))
+    assert sorted(map(len, loops)) == [4, 4]
+    ring = np.ones((3, 4), bool)
+    ring[1, 1:3] = False
+    outline, hole = sorted(tool.trace_loops(ring), key=lambda loop: loop.min())
+    assert set(map(tuple, outline)) == {(0, 0), (4, 0), (4, 3), (0, 3)}
+    assert set(map(tuple, hole)) == {(1, 1), (3, 1), (3, 2), (1, 2)}
+
+
 @pytest.mark.parametrize(
     ("name", "holes"), [("disc", 0), ("ring", 1), ("pair", 2), ("arc", 0), ("cross", 0)]
 )

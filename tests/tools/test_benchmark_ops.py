@@ -1,0 +1,517 @@
+"""The benchmark refuses what is wrong, names who is absent, and shows who wins."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("rich")
+pytest.importorskip("mmengine")  # of mmdeform.analysis
+
+from rich.console import Console
+
+from mmdeform.analysis import benchmark
+from mmdeform.analysis.benchmark import Operator, Peer, Settings, check, measure, runner
+from mmdeform.analysis.benchmark.case import Absent
+from mmdeform.analysis.benchmark.deform_conv2d import make_case as make_conv_case
+from mmdeform.analysis.benchmark.ms_deform_attn import gaussian
+from mmdeform.analysis.benchmark.ms_deform_attn import make_case as make_attention_case
+
+TOOL = Path(__file__).parents[2] / "tools" / "benchmark_ops.py"
+BATCHES = {"cpu": (2,), "cuda": (2,)}
+TINY = {
+    "deform_conv2d": (
+        make_conv_case("v2", 8, 6, 9, deform_groups=2, dilation=2, batches=BATCHES),
+        make_conv_case("v1", 8, 6, 9, modulated=False, stride=2, batches=BATCHES),
+    ),
+    "ms_deform_attn": (
+        make_attention_case(
+            "encoder", ((6, 9), (3, 4)), spread=gaussian(2), heads=2, channels=8, batches=BATCHES
+        ),
+        make_attention_case(
+            "decoder", ((6, 9), (3, 4)), queries=5, heads=2, channels=8, batches=BATCHES
+        ),
+    ),
+}
+GRADIENTS = [
+    (name, field)
+    for name, fields in {
+        "deform_conv2d": ("output", "input", "offset", "mask", "weight"),
+        "ms_deform_attn": ("output", "value", "sampling_locations", "attention_weights"),
+    }.items()
+    for field in fields
+]
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> dict[str, Operator]:
+    """The registered operators, each with tiny cases in place of its own."""
+    for name, cases in TINY.items():
+        tiny = dataclasses.replace(benchmark.OPERATORS[name], cases=cases)
+        monkeypatch.setitem(benchmark.OPERATORS, name, tiny)
+    monkeypatch.setattr(measure, "MIN_SAMPLE", 0.0)
+    return benchmark.OPERATORS
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_ops", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def settings(dtype: torch.dtype = torch.float32, **changes: object) -> Settings:
+    return dataclasses.replace(Settings(torch.device("cpu"), dtype, repeats=1), **changes)
+
+
+def run_tiny(operator: Operator, case: int = 0, **changes: object) -> benchmark.CaseResult:
+    return benchmark.run_case(operator, operator.cases[case], 2, settings(**changes))
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity with a gradient that is one percent too large."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return 1.01 * grad
+
+
+def break_field(function: Callable[..., Tensor], field: str) -> Callable[..., Tensor]:
+    """An operator whose output, or whose gradient of one input, is one percent too large."""
+
+    def broken(**inputs: object) -> Tensor:
+        if field == "output":
+            output = function(**inputs)
+            return output + 0.01 * output.detach()
+        return function(**{**inputs, field: ScaleGradient.apply(inputs[field])})
+
+    return broken
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", TINY)
+def test_operators_are_reported(operators: dict[str, Operator], name: str, dtype: str) -> None:
+    for case in range(len(operators[name].cases)):
+        result = run_tiny(operators[name], case, dtype=getattr(torch, dtype), peers=["reference"])
+        assert result.refused is None
+        assert [row.name for row in result.rows] == ["mmdeform", "reference"]
+        for row in result.rows:
+            assert row.exact and row.dtype == dtype
+            assert len(row.forward.times_ms) == len(row.forward_backward.times_ms) == 1
+            assert 0 < row.forward.min_ms <= row.forward.median_ms
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_peers_compute_the_same(operators: dict[str, Operator], name: str) -> None:
+    for case in range(len(operators[name].cases)):
+        result = run_tiny(operators[name], case, dtype=torch.float64)
+        assert "grid_sample" in {row.name for row in result.rows}
+        assert "grid_sample" not in result.absent and "reference" not in result.absent
+        for row in result.rows:
+            assert row.exact, row
+        measured = {row.name for row in result.rows} - {"mmdeform"}
+        assert measured | set(result.absent) == {peer.name for peer in operators[name].peers}
+
+
+@pytest.mark.parametrize(("name", "field"), GRADIENTS)
+def test_a_wrong_operator_is_refused(operators: dict[str, Operator], name: str, field: str) -> None:
+    broken = break_field(operators[name].function, field)
+    result = run_tiny(dataclasses.replace(operators[name], function=broken))
+    named = "output" if field == "output" else f"grad_{field}"
+    assert result.refused.startswith(f"differs from the reference in fp64: {named} by ")
+    assert "," not in result.refused  # nothing else is blamed
+    assert result.rows == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda output: output.mul(0.0).div(0.0), "output by inf"),
+        (lambda output: output[:1], "output: expected"),
+        (lambda output: output.detach(), "the call fails: element 0 of tensors does not require"),
+    ],
+    ids=["nan", "shape", "no-gradient"],
+)
+def test_a_broken_operator_is_refused(
+    operators: dict[str, Operator], change: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    operator = operators["ms_deform_attn"]
+    function = operator.function
+    broken = dataclasses.replace(operator, function=lambda **inputs: change(function(**inputs)))
+    result = run_tiny(broken)
+    assert reason in result.refused
+    assert result.rows == []
+
+
+def test_comparing_with_zeros_is_an_error() -> None:
+    zeros = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="grad_x: the reference must be finite and not zero"):
+        check.compare({"grad_x": zeros}, {"grad_x": zeros})
+
+
+def test_errors_are_relative_to_element_and_scale() -> None:
+    expected = torch.tensor([3.0, -4.0, 0.0, 0.0])  # rms 2.5
+    errors = check.compare({"x": expected + torch.tensor([0, 0.65, 0, 0])}, {"x": expected})
+    assert errors["x"].worst == pytest.approx(0.1)
+    assert errors["x"].norm == pytest.approx(0.325 / 2.5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_pieces_of_the_reference_make_the_whole(operators: dict[str, Operator], name: str) -> None:
+    operator = operators[name]
+    inputs = operator.cases[0].make(2, torch.Generator().manual_seed(0))
+    output = operator.reference(**inputs)
+    covered = torch.zeros_like(output)
+    for _, place in operator.split(inputs):
+        covered[place] += 1
+    assert covered.eq(1).all()
+    grad_output = torch.randn_like(output)
+    whole = check.call_with_gradients(operator.reference, inputs, grad_output)
+    pieces = check.reference_results(operator, inputs, grad_output)
+    torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_samples_stay_off_integers(operators: dict[str, Operator], name: str) -> None:
+    inputs = operators[name].cases[0].make(1, torch.Generator().manual_seed(0))
+    if name == "deform_conv2d":
+        positions = inputs["offset"]
+    else:
+        sizes = inputs["spatial_shapes"].flip(1)[:, None]
+        positions = inputs["sampling_locations"] * sizes - 0.5
+    distance = (positions - positions.round()).abs()
+    assert distance.min() > 0.0099
+    assert distance.max() > 0.45  # and are spread over pixels
+
+
+def test_samples_are_counted(operators: dict[str, Operator]) -> None:
+    # 2 images, 8 channels, 9 taps, 6 x 9 outputs; 2 images, 5 queries, 2 heads, 2 x 4 points of 8.
+    expected = {("deform_conv2d", 0): 2 * 8 * 9 * 54, ("ms_deform_attn", 1): 2 * 5 * 2 * 8 * 8}
+    for (name, case), samples in expected.items():
+        inputs = operators[name].cases[case].make(2, torch.Generator())
+        assert operators[name].samples(inputs) == samples
+
+
+def with_peers(operator: Operator, *peers: Peer) -> Operator:
+    return dataclasses.replace(operator, peers=peers)
+
+
+def test_absent_peers_are_named(
+    operators: dict[str, Operator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    result = run_tiny(operators["deform_conv2d"], peers=["torchvision"])
+    assert result.absent == {"torchvision": "torchvision is not installed"}
+
+
+def test_peers_that_fail_or_do_not_fit_are_absent(operators: dict[str, Operator]) -> None:
+    def load_missing(device_type: str) -> Callable[..., Tensor]:
+        raise Absent(f"not for {device_type}")
+
+    def load_failing(device_type: str) -> Callable[..., Tensor]:
+        def fail(**inputs: object) -> Tensor:
+            raise RuntimeError("no kernel image\nand more lines")
+
+        return fail
+
+    operator = operators["ms_deform_attn"]
+    result = run_tiny(
+        with_peers(
+            operator,
+            Peer("missing", load_missing),
+            Peer("failing", load_failing),
+            Peer("huge", lambda _: operator.reference, copies=10**9),
+            Peer("wrong", lambda _: lambda **inputs: 2 * operator.reference(**inputs)),
+        )
+    )
+    assert [row.name for row in result.rows] == ["mmdeform"]
+    assert result.absent["missing"] == "not for cpu"
+    assert result.absent["failing"] == "float32 fails: no kernel image"
+    assert result.absent["huge"].startswith("would need about ")
+    assert result.absent["wrong"] == "wrong in float32: output differs from fp64 by 100%"
+
+
+def test_an_inexact_peer_is_shown_as_such(operators: dict[str, Operator], tool: ModuleType) -> None:
+    operator = operators["ms_deform_attn"]
+    broken = break_field(operator.reference, "value")
+    result = run_tiny(with_peers(operator, Peer("inexact", lambda _: broken)))
+    row = result.rows[1]
+    assert not row.exact
+    assert row.error["grad_value"].worst > result.tolerance > row.error["output"].worst
+    assert tool.error_text(result, row).plain.endswith("(grad_value)")
+    assert "red" in str(tool.error_text(result, row).style)
+
+
+def test_a_peer_without_bf16_runs_in_fp16(operators: dict[str, Operator]) -> None:
+    operator = operators["ms_deform_attn"]
+
+    def load(device_type: str) -> Callable[..., Tensor]:
+        def only_half(**inputs: Tensor) -> Tensor:
+            for name in ("value", "sampling_locations", "attention_weights"):
+                if inputs[name].dtype != torch.float16:
+                    raise RuntimeError("not implemented for 'BFloat16'")
+            return operator.reference(**inputs)
+
+        return only_half
+
+    result = run_tiny(with_peers(operator, Peer("half", load)), dtype=torch.bfloat16)
+    assert [(row.name, row.dtype) for row in result.rows] == [
+        ("mmdeform", "bfloat16"),
+        ("half", "float16"),
+    ]
+    assert result.rows[1].exact
+
+
+def test_a_yardstick_is_not_compared(operators: dict[str, Operator]) -> None:
+    result = run_tiny(operators["deform_conv2d"], peers=["F.conv2d"])
+    row = result.rows[1]
+    assert (row.name, row.kind, row.error) == ("F.conv2d", "yardstick", None)
+    assert row.forward_backward is not None
+
+
+def test_samples_are_interleaved() -> None:
+    order = []
+
+    class Clock:
+        def prepare(self, name: str, call: Callable) -> None:
+            call()
+
+        def sample(self, name: str, call: Callable) -> tuple[float, None]:
+            call()
+            return len(order), None
+
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = measure.interleave(calls, 3, Clock())
+    assert order == ["a", "b"] * 4
+    assert samples == {
+        "a": [(3, None), (5, None), (7, None)],
+        "b": [(4, None), (6, None), (8, None)],
+    }
+
+
+def test_short_calls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MIN_SAMPLE", 1e9)
+    calls = []
+    clock = measure.CpuClock()
+    clock.prepare("a", lambda: calls.append(1))
+    warm_up = len(calls)
+    seconds, host = clock.sample("a", lambda: calls.append(1))
+    assert len(calls) - warm_up == 1000
+    assert seconds > 0 and host is None
+
+
+def allocate_in_thread() -> None:
+    thread = threading.Thread(target=lambda: torch.ones(8 << 20).sum())
+    thread.start()
+    thread.join()
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: [torch.ones(8 * MIB)], 0),
+        (lambda: [torch.ones(8 * MIB).sum()], 32 * MIB),
+        (lambda: [torch.ones(8 * MIB).add(1)], 32 * MIB),
+        (lambda: [torch.ones(2 * MIB).logsumexp(0)], 16 * MIB),  # both buffers made in C++
+        (lambda: allocate_in_thread() or [], 32 * MIB),
+    ],
+    ids=["result-only", "freed", "freed-beside-result", "inside-an-operator", "other-thread"],
+)
+def test_extra_memory(call: Callable[[], list[Tensor]], expected: int) -> None:
+    call()
+    measured = measure.extra_bytes(call, torch.device("cpu"))
+    if measured is None:
+        pytest.skip("this system does not tell the high-water mark of memory")
+    assert measured == pytest.approx(expected, abs=MIB)
+
+
+def test_column_buffers_are_seen(operators: dict[str, Operator]) -> None:
+    operator = operators["deform_conv2d"]
+    case = make_conv_case("larger", 64, 60, 80)
+    inputs = {
+        name: value.float() if isinstance(value, Tensor) else value
+        for name, value in case.make(1, torch.Generator().manual_seed(0)).items()
+    }
+    columns = 64 * 9 * 60 * 80 * 4
+    composition = next(peer for peer in operator.peers if peer.name == "grid_sample").load("cpu")
+    composition(**inputs)
+    measured = measure.extra_bytes(lambda: [composition(**inputs)], torch.device("cpu"))
+    if measured is None:
+        pytest.skip("this system does not tell the high-water mark of memory")
+    assert measured > 0.95 * columns
+
+
+def test_selection(operators: dict[str, Operator]) -> None:
+    operator = dataclasses.replace(
+        operators["deform_conv2d"],
+        cases=(
+            make_conv_case("a", 8, 6, 9, batches={"cpu": (1, 2)}),
+            make_conv_case("b", 8, 6, 9, batches={"cuda": (4,)}),
+            make_conv_case("c", 8, 6, 9),
+        ),
+    )
+
+    def names(*args: object, **kwargs: object) -> list[tuple[str, int]]:
+        return [(case.name, b) for _, case, b in benchmark.select([operator], *args, **kwargs)]
+
+    assert names("cpu") == [("a", 1), ("a", 2)]
+    assert names("cuda") == [("b", 4)]
+    assert names("cpu", batches=[3]) == [("a", 3)]
+    assert names("cpu", sweep=True) == [("a", 1), ("a", 2), ("b", 1), ("c", 1)]
+    assert names("cpu", filters=["c", "b"]) == [("b", 1), ("c", 1)]
+
+
+def test_registered_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for operator in benchmark.OPERATORS.values():
+        assert hasattr(torch.ops.mmdeform, operator.name)
+        names = [case.name for case in operator.cases]
+        assert len(set(names)) == len(names)
+        for device in ("cpu", "cuda"):
+            assert list(benchmark.select([operator], device))
+    cases = {case.name: case for case in benchmark.OPERATORS["ms_deform_attn"].cases}
+    small = cases["encoder-50x84-within2px"].make(1, generator)
+    assert small["value"].shape == (1, 5600, 8, 32)
+    pixels = small["sampling_locations"] * small["spatial_shapes"].flip(1)[:, None] - 0.5
+    finest = pixels[0, :4200, :, 0].unflatten(0, (50, 84))  # of its own queries, (50, 84, M, P, 2)
+    x, y = torch.arange(84)[None, :, None, None], torch.arange(50)[:, None, None, None]
+    distance = (finest - torch.stack(torch.broadcast_tensors(x, y), dim=-1)).abs()
+    assert 1.9 < distance.max() <= 2.02
+    large = cases["encoder-100x167-uniform"].make(1, generator)
+    assert large["sampling_locations"].shape == (1, 22223, 8, 4, 4, 2)
+
+
+def test_tool_writes_table_and_json(
+    operators: dict[str, Operator],
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    path = tmp_path / "out" / "results.json"
+    arguments = ["--repeats", "3", "--dtype", "fp32", "bf16", "--json", str(path)]
+    assert tool.main([*arguments, "--peers", "reference", "F.conv2d"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("deform_conv2d  v2  batch 2", "ms_deform_attn  decoder", "bfloat16", "F.conv2d"):
+        assert text in printed
+    report = json.loads(path.read_text())
+    assert report["format"] == 1
+    environment = report["environment"]
+    assert environment["torch"] == torch.__version__
+    assert {"commit", "command", "packages", "libraries", "cpu", "threads"} <= set(environment)
+    assert "torchvision" in environment["packages"]
+    assert len(report["results"]) == 8
+    for result in report["results"]:
+        assert result["refused"] is None and result["batch"] == 2 and result["device"] == "cpu"
+        assert result["shapes"]
+        ours, *others = result["rows"]
+        assert ours["name"] == "mmdeform" and ours["kind"] in ("kernel", "reference")
+        for mode in ("forward", "forward_backward"):
+            for row in (ours, *others):
+                timing = row[mode]
+                assert len(timing["times_ms"]) == 3
+                assert timing["median_ms"] == sorted(timing["times_ms"])[1]
+                assert timing["min_ms"] == min(timing["times_ms"])
+                ratio = timing["median_ms"] / ours[mode]["median_ms"]
+                assert timing["relative"] == pytest.approx(ratio)
+        assert all(error["worst"] <= result["tolerance"] for error in ours["error"].values())
+
+
+def test_tool_refuses_and_exits_with_one(
+    operators: dict[str, Operator],
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operator = operators["deform_conv2d"]
+    broken = dataclasses.replace(operator, function=break_field(operator.function, "weight"))
+    monkeypatch.setitem(benchmark.OPERATORS, "deform_conv2d", broken)
+    path = tmp_path / "results.json"
+    arguments = ["--filter", "v2", "encoder", "--repeats", "1", "--peers", "reference"]
+    assert tool.main([*arguments, "--json", str(path)]) == 1
+    refused, reported = json.loads(path.read_text())["results"]
+    assert "grad_weight by" in refused["refused"] and refused["rows"] == []
+    assert reported["refused"] is None and len(reported["rows"]) == 2
+    assert "REFUSED  deform_conv2d  v2" in capsys.readouterr().out
+
+
+def test_table_shows_where_a_peer_wins(tool: ModuleType) -> None:
+    def timing(milliseconds: float) -> measure.Timing:
+        return measure.Timing([milliseconds], None, None)
+
+    rows = [
+        runner.Row(name, kind, "float32", None, True, timing(forward), timing(10.0))
+        for name, kind, forward in (
+            ("mmdeform", "kernel", 10.0),
+            ("slow", "peer", 45.0),
+            ("quick", "peer", 8.0),
+            ("conv", "yardstick", 5.0),
+        )
+    ]
+    result = runner.CaseResult("op", "case", "cpu", "float32", 1, {}, 1e-4, rows=rows)
+    console = Console(width=tool.WIDTH, record=True)
+    console.print(tool.make_table(result))
+    lines = {line.split()[0]: line for line in console.export_text().splitlines() if line.strip()}
+    assert "4.50" in lines["slow"] and "faster" not in lines["slow"]
+    assert "0.80 faster" in lines["quick"]
+    assert "0.50" in lines["conv"] and "faster" not in lines["conv"]
+
+
+def test_tool_lists_cases_and_rejects_an_empty_choice(
+    tool: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    assert tool.main(["--list"]) == 0
+    assert "deform_conv2d/v2-c4-256x50x84 batch 1\n" in capsys.readouterr().out
+    assert tool.main(["--filter", "no such case"]) == 2
+    assert "no case fits" in capsys.readouterr().err
+
+
+def test_threads_are_set(operators: dict[str, Operator], tool: ModuleType, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    path = tmp_path / "results.json"
+    arguments = ["--filter", "decoder", "--repeats", "1", "--peers", "--json", str(path)]
+    try:
+        assert tool.main([*arguments, "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads(path.read_text())["environment"]["threads"] == 1
+
+
+@pytest.mark.cuda
+def test_on_a_gpu(
+    cuda: str, operators: dict[str, Operator], tool: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["--device", "cuda", "--repeats", "3", "--json", str(path)]
+    assert tool.main([*arguments, "--dtype", "fp32", "fp16"]) == 0
+    report = json.loads(path.read_text())
+    assert report["environment"]["cuda"]["gpu"]
+    for result in report["results"]:
+        for row in result["rows"]:
+            assert row["forward"]["host_ms"] > 0 and row["forward"]["median_ms"] > 0
+            assert row["forward_backward"]["extra_bytes"] >= 0
+
+
+def test_conv2d_is_the_yardstick_of_the_same_shape() -> None:
+    conv = next(p for p in benchmark.OPERATORS["deform_conv2d"].peers if p.name == "F.conv2d")
+    inputs = make_conv_case("", 4, 7, 5, stride=2).make(1, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        conv.load("cpu")(**inputs), F.conv2d(inputs["input"], inputs["weight"], stride=2, padding=1)
+    )
