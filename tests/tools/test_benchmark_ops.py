@@ -389,6 +389,8 @@ def test_registered_shapes() -> None:
     cases = {case.name: case for case in benchmark.OPERATORS["ms_deform_attn"].cases}
     small = cases["encoder-50x84-within2px"].make(1, generator)
     assert small["value"].shape == (1, 5600, 8, 32)
+    sums = small["attention_weights"].sum((3, 4))
+    torch.testing.assert_close(sums, torch.ones_like(sums))
     pixels = small["sampling_locations"] * small["spatial_shapes"].flip(1)[:, None] - 0.5
     finest = pixels[0, :4200, :, 0].unflatten(0, (50, 84))  # of its own queries, (50, 84, M, P, 2)
     x, y = torch.arange(84)[None, :, None, None], torch.arange(50)[:, None, None, None]
@@ -483,15 +485,22 @@ def test_tool_lists_cases_and_rejects_an_empty_choice(
     assert "no case fits" in capsys.readouterr().err
 
 
-def test_threads_are_set(operators: dict[str, Operator], tool: ModuleType, tmp_path: Path) -> None:
-    before = torch.get_num_threads()
+def test_settings_of_torch_are_applied_and_recorded(
+    operators: dict[str, Operator], tool: ModuleType, tmp_path: Path
+) -> None:
     path = tmp_path / "results.json"
     arguments = ["--filter", "decoder", "--repeats", "1", "--peers", "--json", str(path)]
+    threads = torch.get_num_threads()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
-        assert tool.main([*arguments, "--threads", "1"]) == 0
+        assert tool.main([*arguments, "--threads", "1", "--deterministic"]) == 0
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # it would be measured too
     finally:
-        torch.set_num_threads(before)
-    assert json.loads(path.read_text())["environment"]["threads"] == 1
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["threads"] == 1 and environment["deterministic"]
 
 
 @pytest.mark.cuda
