@@ -7,8 +7,9 @@ from torch import Tensor
 from .operator import TYPES, Arguments, Operator, assert_near
 
 
-@pytest.mark.cuda
 class CudaContract(Operator):
+    # Not one mark on the class: classes that inherit it would get it for all their tests.
+
     def cuda_arguments(self, device: str, types: tuple = TYPES["fp32"]) -> tuple[Arguments, Tensor]:
         arguments = self.place(self.cases["asymmetric"].make(), types, device)
         return arguments, self.grad_output(arguments)
@@ -17,6 +18,7 @@ class CudaContract(Operator):
         fp64 = self.place(arguments, TYPES["fp64"])
         return self.run(self.reference, fp64, grad_output.double().cpu())
 
+    @pytest.mark.cuda
     def test_current_stream(self, cuda: str) -> None:
         """Work on a side stream waits for what that stream still computes."""
         arguments, grad_output = self.cuda_arguments(cuda)
@@ -36,6 +38,7 @@ class CudaContract(Operator):
         stream.synchronize()
         assert_near(actual, expected, torch.float32)
 
+    @pytest.mark.cuda
     def test_graph_capture(self, types: tuple, cuda: str) -> None:
         arguments, grad_output = self.cuda_arguments(cuda, types)
         stream = torch.cuda.Stream()
@@ -54,6 +57,7 @@ class CudaContract(Operator):
         torch.cuda.synchronize()
         assert_near(captured, self.expected(fresh, grad_output), types[0])
 
+    @pytest.mark.cuda
     def test_no_synchronisation(self, cuda: str) -> None:
         arguments, grad_output = self.cuda_arguments(cuda)
         torch.cuda.set_sync_debug_mode("error")
@@ -63,6 +67,7 @@ class CudaContract(Operator):
             torch.cuda.set_sync_debug_mode("default")
         assert_near(actual, self.expected(arguments, grad_output), torch.float32)
 
+    @pytest.mark.cuda
     def test_second_device(self, cuda: str) -> None:
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
@@ -72,6 +77,7 @@ class CudaContract(Operator):
         assert all(tensor.device == torch.device("cuda:1") for tensor in actual.values())
         assert_near(actual, self.expected(arguments, grad_output), torch.float32)
 
+    @pytest.mark.cuda
     def test_deterministic_backward(self, types: tuple, cuda: str, poisoned: None) -> None:
         arguments = self.place(self.contended(), types, cuda)
         grad_output = self.grad_output(arguments)
@@ -81,6 +87,7 @@ class CudaContract(Operator):
             for key, tensor in first.items():
                 assert torch.equal(tensor, again[key]), key
 
+    @pytest.mark.cuda
     def test_two_devices_are_refused(self, cuda: str) -> None:
         """Tensors on two devices are refused, not read."""
         arguments, _ = self.cuda_arguments(cuda)
