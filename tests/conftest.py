@@ -25,6 +25,8 @@ def has_kernels(device_type: str) -> bool:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     """Runs a test on the CPU and, marked ``cuda``, on a GPU with the CUDA library."""
+    # A mark inherited by mistake would deselect a test on the CPU without a word.
+    assert (request.param == "cuda") == (request.node.get_closest_marker("cuda") is not None)
     if request.param == "cuda":
         request.getfixturevalue("cuda")
     return request.param
