@@ -30,6 +30,7 @@ DTYPES = {
 }
 FORMAT = 1  # of the JSON file
 WIDTH = 120  # of tables in a file or pipe
+COLUMNS = ("", "forward ms (min)", "x", "MiB", "fwd + bwd ms (min)", "x", "MiB", "error")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -55,6 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     args = parser.parse_args(argv)
     if args.repeats < 1 or any(batch < 1 for batch in args.batch):
         parser.error("--repeats and --batch: expected numbers of at least 1")
@@ -100,38 +102,60 @@ def time_cells(result: CaseResult, row: Row, mode: str) -> list[Text]:
     ]
 
 
-def make_table(result: CaseResult) -> Table:
-    """One case as a table: implementations down, both directions across."""
-    table = Table(
-        title=f"{result.operator}  {result.case}  batch {result.batch}  {result.dtype}  "
-        f"{result.device}",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
+def title(result: CaseResult) -> str:
+    return (
+        f"{result.operator}  {result.case}  batch {result.batch}  {result.dtype}  {result.device}"
     )
-    table.add_column("", no_wrap=True)
-    for title in ("forward ms (min)", "x", "MiB", "fwd + bwd ms (min)", "x", "MiB"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("error", no_wrap=True)
+
+
+def table_rows(result: CaseResult) -> list[list[Text]]:
+    """The cells of one case, implementations down, both directions across."""
+    rows = []
     for row in result.rows:
         name = row.name
         if row.dtype != result.dtype:
             name += f" ({row.dtype})"
         if row.kind == "reference":
             name += " (no kernel)"
-        table.add_row(
-            name,
-            *time_cells(result, row, "forward"),
-            *time_cells(result, row, "forward_backward"),
-            error_text(result, row),
-        )
+        forward, both = (time_cells(result, row, mode) for mode in ("forward", "forward_backward"))
+        rows.append([Text(name), *forward, *both, error_text(result, row)])
+    return rows
+
+
+def make_table(result: CaseResult) -> Table:
+    """One case as a table for the terminal."""
+    table = Table(
+        title=title(result), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+    )
+    for index, column in enumerate(COLUMNS):
+        justify = "right" if 0 < index < len(COLUMNS) - 1 else "left"
+        table.add_column(column, justify=justify, no_wrap=True)
+    for cells in table_rows(result):
+        table.add_row(*cells)
     return table
+
+
+def make_markdown(results: list[CaseResult]) -> str:
+    """All cases as tables for docs/benchmarks.md."""
+    parts = []
+    for result in results:
+        lines = [f"**{title(result)}**", ""]
+        if result.refused is not None:
+            lines.append(f"Refused: {result.refused}")
+        else:
+            lines.append(f"| {' | '.join(COLUMNS)} |")
+            lines.append("|---|" + "---:|" * (len(COLUMNS) - 2) + "---|")
+            for cells in table_rows(result):
+                lines.append(f"| {' | '.join(cell.plain for cell in cells)} |")
+            absent = "; ".join(f"{peer}: {reason}" for peer, reason in result.absent.items())
+            lines += ["", f"Absent: {absent}"] if absent else []
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def show(console: Console, result: CaseResult) -> None:
     if result.refused is not None:
-        name = f"{result.operator}  {result.case}  batch {result.batch}  {result.dtype}"
-        console.print(Text(f"REFUSED  {name}: {result.refused}", style="bold red"))
+        console.print(Text(f"REFUSED  {title(result)}: {result.refused}", style="bold red"))
         return
     console.print(make_table(result))
     for peer, reason in result.absent.items():
@@ -185,8 +209,11 @@ def main(argv: list[str] | None = None) -> int:
             with console.status(f"{operator.name} {case.name} batch {batch} {dtype}"):
                 results.append(benchmark.run_case(operator, case, batch, settings))
             show(console, results[-1])
+    for path in filter(None, (args.json, args.markdown)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if args.markdown is not None:
+        args.markdown.write_text(make_markdown(results))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         report = {
             "format": FORMAT,
             "environment": environment,
