@@ -55,6 +55,14 @@ inline void narrow_all(const A* from, C* to, int64_t count) {
   for (; i < count; ++i) to[i] = narrow<C>(from[i]);
 }
 
+// Asks for the memory of a row that the loops over queries come to soon. Rows of one head lie far
+// apart, which a processor does not foresee. `bytes` is the size of a row.
+inline void prefetch_row(const void* rows, int64_t row, int64_t bytes, int64_t heads) {
+  constexpr int64_t kAhead = 4;
+  const char* next = static_cast<const char*>(rows) + (row + kAhead * heads) * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
+}
+
 // Finds the corners of a row's points in memory where token t lies at base + t * stride; corners
 // outside the image are at `outside`.
 template <typename T, typename C, typename A = Accumulation<T>>
@@ -63,6 +71,8 @@ void locate(const MsDeformAttnArgs& args, int64_t row, int64_t base, int64_t str
   const int64_t count = points.count;
   const C* row_locations = static_cast<const C*>(args.locations) + row * 2 * count;
   const C* row_weights = static_cast<const C*>(args.weights) + row * count;
+  prefetch_row(args.locations, row, 2 * count * sizeof(C), args.heads);
+  prefetch_row(args.weights, row, count * sizeof(C), args.heads);
   const A* __restrict__ locations = widen_all(row_locations, points.input, 2 * count);
   const A* __restrict__ attention = widen_all(row_weights, points.input + 2 * count, count);
   const A* __restrict__ width_a = static_cast<const A*>(args.width_a);
@@ -269,6 +279,7 @@ void backward_points(const MsDeformAttnArgs& args, const MsDeformAttnBlock& bloc
   const Points<A> points(scratch, count);
   for_each_row<T, C>(args, block, copy, points, [&](int64_t row) {
     const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.channels;
+    prefetch_row(args.grad_output, row, args.channels * sizeof(T), args.heads);
     for (int64_t i = 0; i < 4 * count; ++i) points.dot[i] = 0;
     for_each_run<A>(args.channels, [&](auto run) { add_dots(points, run, grad_output); });
     C* grad_locations = static_cast<C*>(args.grad_locations) + row * 2 * count;
@@ -294,6 +305,7 @@ void backward_value(const MsDeformAttnArgs& args, int64_t image, int64_t head, i
   for (int64_t query = 0; query < args.queries; ++query) {
     const int64_t row = (image * args.queries + query) * args.heads + head;
     locate<T, C>(args, row, base, stride, outside, points);
+    prefetch_row(args.grad_output, row, args.channels * sizeof(T), args.heads);
     const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.channels + channel;
     for_each_run<A>(channels, [&](auto run) { scatter(points, run, grad_output); });
   }
