@@ -41,7 +41,7 @@ inline void check_level(int64_t level, int64_t height, int64_t width, int64_t st
                         int64_t tokens) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   STD_TORCH_CHECK(height >= 0 && width >= 0 && height < kLimit && width < kLimit &&
-                      (width == 0 || height < kLimit / width),
+                      (width == 0 || height <= (kLimit - 1) / width),
                   "spatial_shapes: expected sizes >= 0 and fewer than 2**31 pixels, got (", height,
                   ", ", width, ") at level ", level);
   STD_TORCH_CHECK(start >= 0 && start <= tokens && height * width <= tokens - start,
