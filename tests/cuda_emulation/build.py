@@ -44,6 +44,20 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")
 
 
+def sanitizer_environment() -> dict[str, str]:
+    """What an interpreter needs to load libraries built with ``sanitize``."""
+    compiler = os.environ.get("CXX", "c++")
+    libraries = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    # Leaks of the interpreter are not ours; stacks of fibers are switched as plain memory.
+    return {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+
+
 def build(
     sources: Sequence[Path] | None = None,
     name: str = "_C_emulated",
