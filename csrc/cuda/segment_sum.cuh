@@ -27,19 +27,20 @@ __global__ void __launch_bounds__(256)
                        const A* __restrict__ weights, int64_t entries, int row_length, int lanes,
                        Source source, A* __restrict__ destination) {
   const int64_t first = divide(static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, lanes);
-  if (first >= entries || keys[first] == kNoSegment) return;
-  if (first > 0 && keys[first - 1] == keys[first]) return;
+  if (first >= entries) return;
+  const int64_t key = keys[first];
+  if (key == kNoSegment || (first > 0 && keys[first - 1] == key)) return;
   const int lane = threadIdx.x % lanes;
   for (int channel = lane * kVector; channel < row_length; channel += lanes * kVector) {
     A sum[kVector] = {};
-    for (int64_t i = first; i < entries && keys[i] == keys[first]; ++i) {
-      const auto row = load_vector<kVector>(source(order[i], channel));
+    for (int64_t i = first; i < entries && keys[i] == key; ++i) {
+      const int64_t entry = order[i];
+      const A weight = weights[entry];
+      const auto row = load_vector<kVector>(source(entry, channel));
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) {
-        sum[c] += weights[order[i]] * static_cast<A>(row.data[c]);
-      }
+      for (int c = 0; c < kVector; ++c) sum[c] += weight * static_cast<A>(row.data[c]);
     }
-    A* target = destination + keys[first] * row_length + channel;
+    A* target = destination + key * row_length + channel;
 #pragma unroll
     for (int c = 0; c < kVector; ++c) target[c] += sum[c];
   }

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -62,13 +63,32 @@ struct WarpRequest {
   const char* operation;
   unsigned mask;
   unsigned source;  // lane whose value is asked for
-  unsigned char value[16];
-  unsigned char result[16];
+  uint64_t value[2];
+  uint64_t result[2];
   unsigned ballot;  // lanes of the mask whose value is not zero
 };
 
-struct Fiber {
+// Where a fiber, or the scheduler, stopped. swapcontext makes a system call for the signal mask at
+// every switch; a jump does not, but AddressSanitizer takes a jump between stacks for an error.
+struct Place {
   ucontext_t context;
+  jmp_buf jump;
+  bool started = false;
+};
+
+inline void switch_places(Place& from, Place& to) {
+#ifdef __SANITIZE_ADDRESS__
+  swapcontext(&from.context, &to.context);
+#else
+  if (_setjmp(from.jump) != 0) return;
+  from.started = true;
+  if (to.started) _longjmp(to.jump, 1);
+  setcontext(&to.context);
+#endif
+}
+
+struct Fiber {
+  Place place;
   void* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
   State state = State::kExited;
@@ -121,7 +141,7 @@ class Machine {
     request.operation = operation;
     request.mask = mask;
     request.source = source;
-    std::memset(request.value, 0, sizeof(request.value));
+    request.value[0] = request.value[1] = 0;
     std::memcpy(request.value, &value, sizeof(T));
     current().state = State::kAtWarpOperation;
     switch_to_scheduler();
@@ -187,11 +207,13 @@ class Machine {
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (fiber.stack == MAP_FAILED) throw std::bad_alloc();
     }
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &Machine::run_threads, 0);
+    ucontext_t& context = fiber.place.context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Machine::run_threads, 0);
+    fiber.place.started = false;
     fiber.fake_stack = nullptr;
   }
 
@@ -219,7 +241,7 @@ class Machine {
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
 #endif
-    swapcontext(&scheduler_, &fiber.context);
+    switch_places(scheduler_, fiber.place);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -230,7 +252,7 @@ class Machine {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&fiber.fake_stack, scheduler_stack_, scheduler_size_);
 #endif
-    swapcontext(&fiber.context, &scheduler_);
+    switch_places(fiber.place, scheduler_);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_size_);
 #endif
@@ -272,10 +294,7 @@ class Machine {
           std::strcmp(other.request.operation, asked.operation) != 0) {
         return false;
       }
-      const unsigned char* value = other.request.value;
-      if (std::any_of(value, value + sizeof(asked.value), [](unsigned char c) { return c != 0; })) {
-        ballot |= 1u << lane;
-      }
+      if (other.request.value[0] | other.request.value[1]) ballot |= 1u << lane;
     }
     if (!(asked.mask >> (thread - first) & 1)) return false;
     const unsigned mask = asked.mask;
@@ -317,7 +336,7 @@ class Machine {
   const std::function<void()>* body_ = nullptr;
   std::vector<Fiber> fibers_{kMaxThreads};  // never moved: a ucontext_t points into itself
   unsigned current_ = 0;
-  ucontext_t scheduler_;
+  Place scheduler_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_size_ = 0;
   std::exception_ptr error_;
