@@ -57,6 +57,15 @@ def innermost(mask: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
+def background_of(info: dict, found: list[Detection]) -> np.ndarray:
+    """Where neither an annotated nor a detected object is, shape (H, W), bool."""
+    background = ~np.any([mask for *_, mask in found], axis=0)
+    for instance in info["instances"]:
+        left, top, right, bottom = np.round(instance["bbox"]).astype(int).clip(0)
+        background[top:bottom, left:right] = False
+    return background
+
+
 def draw_detections(axis: plt.Axes, found: list[Detection], colors: dict[str, tuple]) -> None:
     for name, score, (left, top, right, bottom), mask in found:
         axis.contour(mask, [0.5], colors=[colors[name]], linewidths=1.6)
@@ -98,13 +107,13 @@ def draw_row(
     axes: np.ndarray,
     image: np.ndarray,
     found: list[Detection],
+    background: np.ndarray,
     layers: list[LayerSampling],
     scale: tuple[float, float],
     colors: dict[str, tuple],
 ) -> None:
     """One image: detections, points of the largest two objects and of the background."""
     first, second = sorted(found, key=lambda detection: -detection[3].sum())[:2]
-    background = ~np.any([detection[3] for detection in found], axis=0)
     places = [(first[0], first[3]), (second[0], second[3]), ("background", background)]
     dimmed = image // 2
     for axis in axes:
@@ -149,15 +158,16 @@ def visualize(
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("detect", total=images)
         for index in range(len(dataset)):
-            path = dataset.get_data_info(index)["img_path"]
+            info = dataset.get_data_info(index)
             with record_sampling(model) as record:
-                result = inference_detector(model, path)
+                result = inference_detector(model, info["img_path"])
             found = detections_of(result, classes, score)
             if len(found) < 2:
                 continue
             chosen = [record[name] for name in choose_layers(list(record), layers, depth)]
-            image = cv2.imread(path)[..., ::-1]
-            rows.append((image, found, chosen, result.get("scale_factor", (1.0, 1.0)), colors))
+            image = cv2.imread(info["img_path"])[..., ::-1]
+            scale = result.get("scale_factor", (1.0, 1.0))
+            rows.append((image, found, background_of(info, found), chosen, scale, colors))
             progress.advance(task)
             if len(rows) == images:
                 break

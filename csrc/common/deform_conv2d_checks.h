@@ -9,6 +9,14 @@
 
 namespace mmdeform {
 
+// The upper limit keeps positions exact in fp32.
+inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t smallest) {
+  STD_TORCH_CHECK(pair.size() == 2 && pair[0] >= smallest && pair[1] >= smallest &&
+                      pair[0] < 1 << 24 && pair[1] < 1 << 24,
+                  name, ": expected two integers of at least ", smallest, ", got ",
+                  shape_string(pair));
+}
+
 inline DeformConv2dGeometry check_deform_conv2d(
     const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
     const Tensor& weight, const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
@@ -17,11 +25,9 @@ inline DeformConv2dGeometry check_deform_conv2d(
   check_dim("input", input, 4);
   check_dim("offset", offset, 4);
   check_dim("weight", weight, 4);
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "stride, padding, dilation: expected (vertical, horizontal), got lengths ",
-                  stride.size(), ", ", padding.size(), ", ", dilation.size());
-  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0,
-                  "stride, dilation: expected positive values");
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+  check_pair("dilation", dilation, 1);
   STD_TORCH_CHECK(groups > 0 && input.size(1) % groups == 0 && weight.size(0) % groups == 0,
                   "groups: expected to divide ", input.size(1), " input and ", weight.size(0),
                   " output channels, got ", groups);
@@ -34,6 +40,9 @@ inline DeformConv2dGeometry check_deform_conv2d(
   g.out_channels = weight.size(0), g.kernel_h = weight.size(2), g.kernel_w = weight.size(3);
   g.stride_h = stride[0], g.stride_w = stride[1];
   g.pad_h = padding[0], g.pad_w = padding[1];
+  STD_TORCH_CHECK(g.kernel_h > 0 && g.kernel_w > 0,
+                  "weight: expected a kernel of at least 1 x 1, got ",
+                  shape_string(weight.sizes()));
   g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   g.groups = groups, g.deform_groups = deform_groups;
   g.out_height = (g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1) / g.stride_h + 1;

@@ -7,9 +7,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
 #include "common/cuda_launch.h"
 #include "common/cuda_tensor.h"
+#include "common/deform_conv2d_checks.h"
 #include "cuda/deform_conv2d_backward.cuh"
 #include "cuda/deform_conv2d_columns.cuh"
 #include "cuda/segment_sum.cuh"
@@ -22,70 +22,31 @@ constexpr int kThreads = kDeformConv2dThreads;
 // Bound on the workspace of one tile.
 constexpr int64_t kTileBytes = int64_t{32} << 20;
 
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
-                    int64_t dilation) {
-  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t smallest) {
-  STD_TORCH_CHECK(pair.size() == 2 && pair[0] >= smallest && pair[1] >= smallest &&
-                      pair[0] < 1 << 24 && pair[1] < 1 << 24,
-                  name, ": expected two integers of at least ", smallest, ", got ",
-                  shape_string(pair));
-}
-
-DeformConv2dShape checked_shape(const Tensor& input, const Tensor& offset,
-                                const std::optional<Tensor>& mask, const Tensor& weight,
-                                const std::vector<int64_t>& stride,
-                                const std::vector<int64_t>& padding,
-                                const std::vector<int64_t>& dilation, int64_t G, int64_t D) {
-  check_dim("input", input, 4);
-  check_dim("weight", weight, 4);
-  check_pair("stride", stride, 1);
-  check_pair("padding", padding, 0);
-  check_pair("dilation", dilation, 1);
-  const int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
-  const int64_t O = weight.size(0), Kh = weight.size(2), Kw = weight.size(3);
-  STD_TORCH_CHECK(G > 0 && C % G == 0 && O % G == 0, "groups: expected a divisor of C = ", C,
-                  " and O = ", O, ", got ", G);
-  STD_TORCH_CHECK(D > 0 && C % D == 0, "deform_groups: expected a divisor of C = ", C, ", got ", D);
-  check_shape("weight", weight, {O, C / G, Kh, Kw});
+// Kernels count in 32 bits within an image and within the columns of an output pixel.
+DeformConv2dShape kernel_shape(const DeformConv2dGeometry& g) {
   constexpr int64_t kLimit = int64_t{1} << 31;
-  STD_TORCH_CHECK(H * W < kLimit && C * Kh * Kw < kLimit && O < kLimit && Kh > 0 && Kw > 0,
-                  "input: expected fewer than 2**31 pixels and 2**31 values per output pixel, got ",
-                  shape_string(input.sizes()));
-  const int64_t Ho = output_size(H, Kh, stride[0], padding[0], dilation[0]);
-  const int64_t Wo = output_size(W, Kw, stride[1], padding[1], dilation[1]);
-  STD_TORCH_CHECK(Ho > 0 && Wo > 0 && Ho * Wo < kLimit,
-                  "input: expected an output of 1 to 2**31 pixels, got ", Ho, " x ", Wo);
-  check_shape("offset", offset, {N, D * Kh * Kw * 2, Ho, Wo});
-  check_coordinate_dtype("offset", offset, input.scalar_type());
-  check_dtype("weight", weight, input.scalar_type(), "input");
-  check_same_device("offset", offset, input);
-  check_same_device("weight", weight, input);
-  if (mask.has_value()) {
-    check_shape("mask", *mask, {N, D * Kh * Kw, Ho, Wo});
-    check_dtype("mask", *mask, offset.scalar_type(), "offset");
-    check_same_device("mask", *mask, input);
-  }
+  STD_TORCH_CHECK(g.channels * g.taps() < kLimit && g.out_channels < kLimit,
+                  "weight: expected fewer than 2**31 values per output pixel and output channels, "
+                  "got ",
+                  g.channels * g.taps(), " and ", g.out_channels);
   const auto narrow = [](int64_t value) { return static_cast<int>(value); };
-  return {N,
-          narrow(C),
-          narrow(H),
-          narrow(W),
-          narrow(O),
-          narrow(Kh),
-          narrow(Kw),
-          narrow(Ho),
-          narrow(Wo),
-          narrow(stride[0]),
-          narrow(stride[1]),
-          narrow(padding[0]),
-          narrow(padding[1]),
-          narrow(dilation[0]),
-          narrow(dilation[1]),
-          narrow(G),
-          narrow(D)};
+  return {g.batch,
+          narrow(g.channels),
+          narrow(g.height),
+          narrow(g.width),
+          narrow(g.out_channels),
+          narrow(g.kernel_h),
+          narrow(g.kernel_w),
+          narrow(g.out_height),
+          narrow(g.out_width),
+          narrow(g.stride_h),
+          narrow(g.stride_w),
+          narrow(g.pad_h),
+          narrow(g.pad_w),
+          narrow(g.dilation_h),
+          narrow(g.dilation_w),
+          narrow(g.groups),
+          narrow(g.deform_groups)};
 }
 
 // Tensors in the layout of the kernels.
@@ -168,13 +129,8 @@ Tensor deform_conv2d_cuda(const Tensor& input, const Tensor& offset,
                           const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                           int64_t groups, int64_t deform_groups) {
-  const DeformConv2dShape shape =
-      checked_shape(input, offset, mask, weight, stride, padding, dilation, groups, deform_groups);
-  if (bias.has_value()) {
-    check_shape("bias", *bias, {shape.O});
-    check_dtype("bias", *bias, input.scalar_type(), "input");
-    check_same_device("bias", *bias, input);
-  }
+  const DeformConv2dShape shape = kernel_shape(check_deform_conv2d(
+      input, offset, mask, weight, bias, stride, padding, dilation, groups, deform_groups));
   const CudaLauncher launch(input);
   const Arguments arguments(shape, input, weight, offset, mask);
   const std::optional<Tensor> biases =
@@ -258,11 +214,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cuda(
     const std::optional<Tensor>& mask, const Tensor& weight, const std::vector<int64_t>& stride,
     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
     int64_t deform_groups, bool deterministic) {
-  const DeformConv2dShape shape =
-      checked_shape(input, offset, mask, weight, stride, padding, dilation, groups, deform_groups);
-  check_shape("grad_output", grad_output, {shape.N, shape.O, shape.Ho, shape.Wo});
-  check_dtype("grad_output", grad_output, input.scalar_type(), "input");
-  check_same_device("grad_output", grad_output, input);
+  const DeformConv2dGeometry geometry = check_deform_conv2d(
+      input, offset, mask, weight, std::nullopt, stride, padding, dilation, groups, deform_groups);
+  check_deform_conv2d_gradient(grad_output, input, geometry);
+  const DeformConv2dShape shape = kernel_shape(geometry);
   const CudaLauncher launch(input);
   const Arguments arguments(shape, input, weight, offset, mask);
   const Tensor grad_outputs = aligned_contiguous(grad_output);

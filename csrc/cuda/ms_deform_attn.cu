@@ -5,9 +5,9 @@
 
 #include <tuple>
 
-#include "common/checks.h"
 #include "common/cuda_launch.h"
 #include "common/cuda_tensor.h"
+#include "common/ms_deform_attn_checks.h"
 #include "cuda/ms_deform_attn_backward.cuh"
 #include "cuda/ms_deform_attn_forward.cuh"
 #include "cuda/segment_sum.cuh"
@@ -20,24 +20,11 @@ constexpr int kThreads = 256;
 MsDeformAttnShape checked_shape(const Tensor& value, const Tensor& spatial_shapes,
                                 const Tensor& level_start_index, const Tensor& sampling_locations,
                                 const Tensor& attention_weights) {
-  check_dim("value", value, 4);
-  check_dim("sampling_locations", sampling_locations, 6);
+  check_ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations,
+                       attention_weights);
   const int64_t N = value.size(0), S = value.size(1), M = value.size(2), Dh = value.size(3);
   const int64_t Lq = sampling_locations.size(1), L = sampling_locations.size(3);
   const int64_t P = sampling_locations.size(4);
-  check_shape("sampling_locations", sampling_locations, {N, Lq, M, L, P, 2});
-  check_shape("attention_weights", attention_weights, {N, Lq, M, L, P});
-  check_shape("spatial_shapes", spatial_shapes, {L, 2});
-  check_shape("level_start_index", level_start_index, {L});
-  check_dtype("spatial_shapes", spatial_shapes, ScalarType::Long, "an index");
-  check_dtype("level_start_index", level_start_index, ScalarType::Long, "an index");
-  check_coordinate_dtype("sampling_locations", sampling_locations, value.scalar_type());
-  check_dtype("attention_weights", attention_weights, sampling_locations.scalar_type(),
-              "sampling_locations");
-  check_same_device("spatial_shapes", spatial_shapes, value);
-  check_same_device("level_start_index", level_start_index, value);
-  check_same_device("sampling_locations", sampling_locations, value);
-  check_same_device("attention_weights", attention_weights, value);
   STD_TORCH_CHECK(S < 1 << 28, "value: expected fewer than 2**28 tokens per image, got ", S);
   STD_TORCH_CHECK(L <= 1024 && L * P <= 1 << 20,
                   "sampling_locations: expected at most 1024 levels and 2**20 points, got L = ", L,
@@ -143,10 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cuda(
     const Tensor& attention_weights, bool deterministic) {
   const MsDeformAttnShape shape = checked_shape(value, spatial_shapes, level_start_index,
                                                 sampling_locations, attention_weights);
-  check_shape("grad_output", grad_output,
-              {shape.N, shape.Lq, static_cast<int64_t>(shape.M) * shape.Dh});
-  check_dtype("grad_output", grad_output, value.scalar_type(), "value");
-  check_same_device("grad_output", grad_output, value);
+  check_ms_deform_attn_grad(grad_output, value, sampling_locations);
   const CudaLauncher launch(value);
   const Tensor grad_outputs = aligned_contiguous(grad_output), values = aligned_contiguous(value);
   const PointTensors points(spatial_shapes, level_start_index, sampling_locations,
