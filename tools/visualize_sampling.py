@@ -82,7 +82,9 @@ def draw_detections(axis: plt.Axes, found: list[Detection], colors: dict[str, tu
         )
 
 
-def draw_points(axis: plt.Axes, layers: list[LayerSampling], x: int, y: int, scale) -> None:
+def draw_points(
+    axis: plt.Axes, layers: list[LayerSampling], x: int, y: int, scale: tuple[float, float]
+) -> None:
     """Draws what the output of the last layer nearest to pixel (x, y) reads.
 
     Args:
@@ -91,7 +93,6 @@ def draw_points(axis: plt.Axes, layers: list[LayerSampling], x: int, y: int, sca
         x, y: Position in the image, pixels.
         scale: (x, y) size of the network's input relative to the image.
     """
-    scale = np.asarray(scale, float)
     regular, _ = trace_points(layers, x * scale[0], y * scale[1], offsets=False)
     points, weights = trace_points(layers, x * scale[0], y * scale[1])
     regular = np.unique(regular.cpu().numpy().round(2), axis=0) / scale
