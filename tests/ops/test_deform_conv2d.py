@@ -57,6 +57,7 @@ PLAIN = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), kernel_size=(3, 3))
 CASES = {
     # Swapped axes would show; odd numbers of channels per group.
     "asymmetric": case(),
+    "tiny": case(size=(5, 3), out_channels=6),
     "v1": case(mask=False),
     "no-bias": case(bias=False),
     "v1-no-bias": case(mask=False, bias=False),

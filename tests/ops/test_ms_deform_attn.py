@@ -61,6 +61,7 @@ def case(emulated: bool = True, **geometry: Any) -> Case:
 CASES = {
     # A prime number of queries with more than one image, odd numbers of everything.
     "asymmetric": case(channels=5),
+    "tiny": case(queries=3, heads=2, channels=3, shapes=((4, 3), (2, 3)), points=2),
     "1-channel": case(channels=1),
     "32-channels": case(queries=5, heads=2, channels=32),
     "33-channels": case(queries=5, heads=2, channels=33),

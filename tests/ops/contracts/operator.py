@@ -54,8 +54,8 @@ class Operator:
         data: Arguments that share the data dtype.
         coordinates: Arguments that have the data dtype or its accumulation dtype.
         backward_returns: Arguments whose gradients ``<name>_backward`` returns, in order.
-        cases: By id; ``"asymmetric"`` must be among them, with every optional argument present and
-            small enough for ``gradcheck``.
+        cases: By id; ``"asymmetric"`` and ``"tiny"`` must be among them, with every optional
+            argument present; ``gradcheck`` runs the tiny one once for each of its numbers.
     """
 
     name: ClassVar[str]
