@@ -187,8 +187,12 @@ int64_t backward_segment_limit(const DeformConv2dGeometry& g, int64_t columns) {
   return std::min(kMaxSegment, round_up(share, columns));
 }
 
+// Tiles that the backward pass takes between two synchronisations: few, to bound memory, but not
+// one, for waiting is dear where other processes compete for the cores.
+constexpr int64_t kBlockTiles = 8;
+
 // Buffers of the backward pass. Everything but the rows and the weight gradients is of the size
-// of a tile.
+// of a block of tiles; sizes below are those of one tile.
 template <typename A>
 struct BackwardBuffers {
   Tensor rows, grad_rows, grad_weight, packed, gradient_rows, gradient_packed, corners, partial,
@@ -196,8 +200,9 @@ struct BackwardBuffers {
   int64_t gradient_size, table_size, partial_size, weight_size;
 
   BackwardBuffers(const Tensor& like, const DeformConv2dPlan& plan, int64_t images,
-                  int64_t rows_size) {
+                  int64_t rows_size, int64_t tiles) {
     const DeformConv2dGeometry& g = plan.geometry;
+    const int64_t image_tiles = images * std::min(kBlockTiles, tiles);
     const auto floats = [&](int64_t n) { return scratch(like, scalar_type_of<A>(), n); };
     gradient_size = g.groups * kTilePixels * plan.padded_out_channels;
     table_size = g.deform_groups * g.taps() * kTilePixels;
@@ -208,41 +213,43 @@ struct BackwardBuffers {
     grad_rows = floats(images * rows_size);
     grad_weight = floats(images * weight_size);
     packed = floats(g.taps() * plan.padded_channels * g.group_out_channels());
-    gradient_rows = floats(images * gradient_size);
-    gradient_packed = floats(images * gradient_size);
-    corners = scratch(like, ScalarType::Byte, images * table_size * sizeof(Corners<A>));
-    partial = floats(images * partial_size);
+    gradient_rows = floats(image_tiles * gradient_size);
+    gradient_packed = floats(image_tiles * gradient_size);
+    corners = scratch(like, ScalarType::Byte, image_tiles * table_size * sizeof(Corners<A>));
+    partial = floats(image_tiles * partial_size);
     columns = floats(workers * kTilePixels * kColumnStride);
     grad_columns = floats(workers * kTilePixels * kColumnStride);
   }
 };
 
-// One tile of `images` images, in three steps: what all segments share, the segments, the sum of
-// offset gradients over segments.
+// Tiles [first_tile, first_tile + tiles) of images [first, first + images), in three steps: what
+// all segments share, the segments, the sum of offset gradients over segments. Buffers of a tile
+// are found by `place`, which counts tiles over the images.
 template <typename T, typename C>
-void backward_tile(const Call<T, C>& call, const BackwardBuffers<Accumulation<T>>& buffers,
-                   const T* grad_output, int64_t first, int64_t images, Tile tile,
-                   const Gradients& gradients) {
+void backward_block(const Call<T, C>& call, const BackwardBuffers<Accumulation<T>>& buffers,
+                    const T* grad_output, int64_t first, int64_t images, int64_t first_tile,
+                    int64_t tiles, const Gradients& gradients) {
   using A = Accumulation<T>;
   const DeformConv2dPlan& plan = call.plan;
   const DeformConv2dGeometry& g = plan.geometry;
   const int64_t tables = g.deform_groups * g.taps();
   const int64_t panels = plan.padded_out_channels / panel_columns<A>();
   const int64_t group_size = kTilePixels * plan.padded_out_channels;
-  const auto table = [&](int64_t slot) {
-    return mutable_data_of<Corners<A>>(buffers.corners) + slot * buffers.table_size;
+  const auto table = [&](int64_t place) {
+    return mutable_data_of<Corners<A>>(buffers.corners) + place * buffers.table_size;
   };
 
   const int64_t shared = tables + g.groups * panels;
-  parallel_items(images * shared, [&](int64_t, int64_t item) {
-    const int64_t slot = item / shared, i = item % shared, image = first + slot;
+  parallel_items(images * tiles * shared, [&](int64_t, int64_t item) {
+    const int64_t place = item / shared, i = item % shared, image = first + place / tiles;
+    const Tile tile = call.tile(first_tile + place % tiles);
     if (i < tables) {
       call.kernel.corners(plan, tile, call.offset_of(image), call.mask_of(image), i / g.taps(),
-                          i % g.taps(), table(slot) + i * kTilePixels);
+                          i % g.taps(), table(place) + i * kTilePixels);
       return;
     }
     const int64_t group = (i - tables) / panels;
-    const int64_t at = slot * buffers.gradient_size + group * group_size;
+    const int64_t at = place * buffers.gradient_size + group * group_size;
     call.kernel.pack_gradient(plan, tile, grad_output + image * g.out_channels * g.out_pixels(),
                               group, (i - tables) % panels,
                               mutable_data_of<A>(buffers.gradient_rows) + at,
@@ -251,27 +258,32 @@ void backward_tile(const Call<T, C>& call, const BackwardBuffers<Accumulation<T>
   parallel_items(images * plan.segment_count, [&](int64_t worker, int64_t item) {
     const int64_t slot = item / plan.segment_count, s = item % plan.segment_count;
     const Segment& segment = plan.segments[s];
-    const int64_t at = slot * buffers.gradient_size + segment.group * group_size;
     const int64_t column = worker * kTilePixels * kColumnStride;
-    call.kernel.backward_tile(
-        plan, tile, segment, data_of<A>(buffers.rows) + slot * call.rows_size(), table(slot),
-        data_of<A>(buffers.packed), data_of<A>(buffers.gradient_rows) + at,
-        data_of<A>(buffers.gradient_packed) + at, mutable_data_of<A>(buffers.columns) + column,
-        mutable_data_of<A>(buffers.grad_columns) + column,
-        mutable_data_of<A>(buffers.grad_rows) + slot * call.rows_size(),
-        mutable_data_of<A>(buffers.grad_weight) + slot * buffers.weight_size,
-        mutable_data_of<A>(buffers.partial) + slot * buffers.partial_size +
-            s * g.taps() * kTilePixels * 3);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t place = slot * tiles + i;
+      const int64_t at = place * buffers.gradient_size + segment.group * group_size;
+      call.kernel.backward_tile(
+          plan, call.tile(first_tile + i), segment,
+          data_of<A>(buffers.rows) + slot * call.rows_size(), table(place),
+          data_of<A>(buffers.packed), data_of<A>(buffers.gradient_rows) + at,
+          data_of<A>(buffers.gradient_packed) + at, mutable_data_of<A>(buffers.columns) + column,
+          mutable_data_of<A>(buffers.grad_columns) + column,
+          mutable_data_of<A>(buffers.grad_rows) + slot * call.rows_size(),
+          mutable_data_of<A>(buffers.grad_weight) + slot * buffers.weight_size,
+          mutable_data_of<A>(buffers.partial) + place * buffers.partial_size +
+              s * g.taps() * kTilePixels * 3);
+    }
   });
-  parallel_items(images * tables, [&](int64_t, int64_t item) {
-    const int64_t slot = item / tables, i = item % tables, image = first + slot;
+  parallel_items(images * tiles * tables, [&](int64_t, int64_t item) {
+    const int64_t place = item / tables, i = item % tables, image = first + place / tiles;
     C* grad_mask = call.mask.has_value()
                        ? mutable_data_of<C>(gradients.mask) + image * tables * g.out_pixels()
                        : nullptr;
     call.kernel.reduce_offset(
-        plan, tile, data_of<A>(buffers.partial) + slot * buffers.partial_size, i / g.taps(),
-        i % g.taps(), table(slot),
-        mutable_data_of<C>(gradients.offset) + image * tables * 2 * g.out_pixels(), grad_mask);
+        plan, call.tile(first_tile + place % tiles),
+        data_of<A>(buffers.partial) + place * buffers.partial_size, i / g.taps(), i % g.taps(),
+        table(place), mutable_data_of<C>(gradients.offset) + image * tables * 2 * g.out_pixels(),
+        grad_mask);
   });
 }
 
@@ -284,7 +296,7 @@ void backward(const DeformConv2dGeometry& g, const Tensor& grad_output, const Te
   const DeformConv2dPlan& plan = call.plan;
   const int64_t in_flight =
       std::min(g.batch, divide_up(torch::stable::get_num_threads(), plan.segment_count));
-  const BackwardBuffers<A> buffers(input, plan, in_flight, call.rows_size());
+  const BackwardBuffers<A> buffers(input, plan, in_flight, call.rows_size(), call.tiles);
 
   clear(mutable_data_of<A>(buffers.grad_weight), in_flight * buffers.weight_size);
   parallel_items(plan.segment_count, [&](int64_t, int64_t s) {
@@ -296,9 +308,9 @@ void backward(const DeformConv2dGeometry& g, const Tensor& grad_output, const Te
     const int64_t images = std::min(in_flight, g.batch - first);
     call.load_images(first, images, mutable_data_of<A>(buffers.rows));
     clear(mutable_data_of<A>(buffers.grad_rows), images * call.rows_size());
-    for (int64_t tile = 0; tile < call.tiles; ++tile)
-      backward_tile(call, buffers, data_of<T>(grad_output), first, images, call.tile(tile),
-                    gradients);
+    for (int64_t tile = 0; tile < call.tiles; tile += kBlockTiles)
+      backward_block(call, buffers, data_of<T>(grad_output), first, images, tile,
+                     std::min(kBlockTiles, call.tiles - tile), gradients);
     parallel_items(images * chunks, [&](int64_t, int64_t item) {
       const int64_t slot = item / chunks, begin = item % chunks * kTilePixels;
       call.kernel.rows_to_image(
