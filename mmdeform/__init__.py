@@ -18,9 +18,10 @@ if (
 ):
     try:
         # Register the layers, and the FLOP formulas with mmengine's counter.
-        from . import analysis, layers
+        from . import layers
+        from .analysis import flops
 
-        __all__ += ["analysis", "layers"]
+        __all__ += ["flops", "layers"]
     except ImportError as error:
         warnings.warn(
             f"mmdeform: the layers are not registered because mmcv cannot be imported ({error}). "

@@ -14,6 +14,6 @@ MODELS = Registry(
     "model",
     parent=MMENGINE_MODELS,
     scope="mmdeform",
-    # mmdeform.analysis registers no module: it brings the FLOP counters to models of any config.
-    locations=["mmdeform.layers", "mmdeform.models", "mmdeform.analysis"],
+    # mmdeform.analysis.flops registers no module: it brings FLOP counters to models of any config.
+    locations=["mmdeform.layers", "mmdeform.models", "mmdeform.analysis.flops"],
 )

@@ -1,5 +1,1 @@
 """Library code behind the analysis tools."""
-
-from . import flops
-
-__all__ = ["flops"]

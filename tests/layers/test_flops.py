@@ -6,7 +6,7 @@ from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmdeform.analysis  # noqa: F401
+import mmdeform.analysis.flops  # noqa: F401
 from mmdeform import layers
 
 
