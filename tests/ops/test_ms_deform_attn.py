@@ -346,20 +346,21 @@ class TestEdges:
         shapes = torch.tensor([[1, width]], device=device)
         assert ms_deform_attn(value, shapes, None, locations, weights).item() == 0.5
 
-    def test_sums_are_wider_than_16_bits(self, device: str) -> None:
-        """4096 equal contributions: a bf16 or fp16 sum would stop growing at 256 or 2048."""
-        arguments = ramp(1, 1, device, [(0, 0)] * 4096)
-        for dtype in (torch.bfloat16, torch.float16):
-            arguments = TestContract().place(arguments, (dtype, torch.float32), device)
-            assert run(arguments)["value"].item() == 4096
-            reshaped = {
-                **arguments,
-                "sampling_locations": arguments["sampling_locations"].detach().view(
-                    1, 1, 1, 1, 4096, 2
-                ),
-                "attention_weights": torch.ones(1, 1, 1, 1, 4096, device=device),
-            }  # fmt: skip
-            assert run(reshaped)["output"].item() == 40960
+
+def test_sums_are_wider_than_16_bits(device: str) -> None:
+    """4096 equal contributions: a bf16 or fp16 sum would stop growing at 256 or 2048."""
+    arguments = ramp(1, 1, device, [(0, 0)] * 4096)
+    for dtype in (torch.bfloat16, torch.float16):
+        arguments = TestContract().place(arguments, (dtype, torch.float32), device)
+        assert run(arguments)["value"].item() == 4096
+        reshaped = {
+            **arguments,
+            "sampling_locations": arguments["sampling_locations"].detach().view(
+                1, 1, 1, 1, 4096, 2
+            ),
+            "attention_weights": torch.ones(1, 1, 1, 1, 4096, device=device),
+        }  # fmt: skip
+        assert run(reshaped)["output"].item() == 40960
 
 
 def test_compiles_without_level_start_index(device: str) -> None:
