@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,6 +31,11 @@ DeformConv2dShape kernel_shape(const DeformConv2dGeometry& g) {
                   "weight: expected fewer than 2**31 values per output pixel and output channels, "
                   "got ",
                   g.channels * g.taps(), " and ", g.out_channels);
+  STD_TORCH_CHECK(
+      g.height + 2 * g.pad_h < kLimit && g.width + 2 * g.pad_w < kLimit && g.stride_h < kLimit &&
+          g.stride_w < kLimit && g.dilation_h < kLimit && g.dilation_w < kLimit,
+      "stride, padding, dilation: expected a padded input and steps below 2**31 pixels, got input ",
+      g.height, " x ", g.width, ", padding ", g.pad_h, " x ", g.pad_w);
   const auto narrow = [](int64_t value) { return static_cast<int>(value); };
   return {g.batch,
           narrow(g.channels),
@@ -84,12 +91,10 @@ struct Arguments {
 // The output pixels, cut into tiles of about equal size.
 std::vector<DeformConv2dTile> cut_tiles(const DeformConv2dShape& shape, size_t element_size,
                                         int64_t max_points) {
-  const int64_t per_pixel = static_cast<int64_t>(shape.C) * shape.taps() + shape.O;
-  const int64_t points_per_pixel = static_cast<int64_t>(shape.D) * shape.taps();
-  const int64_t limit =
-      std::max<int64_t>(std::min(kTileBytes / (per_pixel * static_cast<int64_t>(element_size)),
-                                 max_points / points_per_pixel),
-                        8);
+  const int64_t values = static_cast<int64_t>(shape.C) * shape.taps() + shape.O;
+  const int64_t bytes = std::max<int64_t>(values * static_cast<int64_t>(element_size), 1);
+  const int64_t points = std::max<int64_t>(static_cast<int64_t>(shape.D) * shape.taps(), 1);
+  const int64_t limit = std::max<int64_t>(std::min(kTileBytes / bytes, max_points / points), 8);
   const int64_t total = shape.output_pixels();
   std::vector<DeformConv2dTile> tiles;
   if (total == 0) return tiles;

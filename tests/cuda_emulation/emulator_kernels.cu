@@ -112,9 +112,7 @@ EXPORT warp_operations(int* output) { return LAUNCH(warp_operations_kernel, 1, 6
 EXPORT divergent_barrier() { return LAUNCH(divergent_barrier_kernel, 2, 64, 0); }
 EXPORT divergent_shuffle(int* output) { return LAUNCH(divergent_shuffle_kernel, 1, 32, 0, output); }
 EXPORT absent_lane(int* output) { return LAUNCH(absent_lane_kernel, 1, 32, 0, output); }
-EXPORT unwritten_shared(float* output) {
-  return LAUNCH(unwritten_shared_kernel, 2, 32, 0, output);
-}
+EXPORT unwritten_shared(float* output) { return LAUNCH(unwritten_shared_kernel, 2, 32, 0, output); }
 EXPORT too_much_shared(int* output) {
   return LAUNCH(write_shared_kernel, 1, 32, 49 * 1024, output, 0);
 }

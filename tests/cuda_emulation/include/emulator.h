@@ -7,7 +7,6 @@
 
 #pragma once
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -68,23 +67,24 @@ struct WarpRequest {
   unsigned ballot;  // lanes of the mask whose value is not zero
 };
 
-// Where a fiber, or the scheduler, stopped. swapcontext makes a system call for the signal mask at
-// every switch; a jump does not, but AddressSanitizer takes a jump between stacks for an error.
+// Where a fiber, or the scheduler, stopped. A fiber starts by its context and goes on by jumps:
+// swapcontext and longjmp make system calls, the former for the signal mask at every switch, both
+// under AddressSanitizer. The compiler's own jumps make none.
 struct Place {
   ucontext_t context;
-  jmp_buf jump;
+  void* jump[5];
   bool started = false;
 };
 
-inline void switch_places(Place& from, Place& to) {
-#ifdef __SANITIZE_ADDRESS__
-  swapcontext(&from.context, &to.context);
-#else
-  if (_setjmp(from.jump) != 0) return;
+[[noreturn]] __attribute__((noinline, no_sanitize_address)) inline void jump_to(void** jump) {
+  __builtin_longjmp(jump, 1);
+}
+
+__attribute__((noinline, no_sanitize_address)) inline void switch_places(Place& from, Place& to) {
+  if (__builtin_setjmp(from.jump) != 0) return;
   from.started = true;
-  if (to.started) _longjmp(to.jump, 1);
+  if (to.started) jump_to(to.jump);
   setcontext(&to.context);
-#endif
 }
 
 struct Fiber {
