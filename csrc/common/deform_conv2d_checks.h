@@ -45,10 +45,13 @@ inline DeformConv2dGeometry check_deform_conv2d(
                   shape_string(weight.sizes()));
   g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   g.groups = groups, g.deform_groups = deform_groups;
-  g.out_height = (g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1) / g.stride_h + 1;
-  g.out_width = (g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
-  STD_TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "input: ", shape_string(input.sizes()),
+  // Room for the kernel to move; negative where it is larger than the padded input.
+  const int64_t room_h = g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1;
+  const int64_t room_w = g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1;
+  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "input: ", shape_string(input.sizes()),
                   " is smaller than the kernel of weight ", shape_string(weight.sizes()));
+  g.out_height = room_h / g.stride_h + 1;
+  g.out_width = room_w / g.stride_w + 1;
   // A pixel index fits 32 bits in every kernel; the number of elements may be larger.
   STD_TORCH_CHECK(g.pixels() < (int64_t{1} << 31) - 1 && g.out_pixels() < (int64_t{1} << 31) - 1,
                   "input: expected fewer than 2**31 - 1 pixels, got ", shape_string(input.sizes()));

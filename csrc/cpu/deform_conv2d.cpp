@@ -187,9 +187,9 @@ int64_t backward_segment_limit(const DeformConv2dGeometry& g, int64_t columns) {
   return std::min(kMaxSegment, round_up(share, columns));
 }
 
-// Tiles that the backward pass takes between two synchronisations: few, to bound memory, but not
-// one, for waiting is dear where other processes compete for the cores.
-constexpr int64_t kBlockTiles = 8;
+// Bytes per image that the backward pass may take between two synchronisations. Waiting is dear
+// where other processes compete for the cores, so this is not a single tile.
+constexpr int64_t kBlockBytes = int64_t{4} << 20;
 
 // Buffers of the backward pass. Everything but the rows and the weight gradients is of the size
 // of a block of tiles; sizes below are those of one tile.
@@ -198,16 +198,20 @@ struct BackwardBuffers {
   Tensor rows, grad_rows, grad_weight, packed, gradient_rows, gradient_packed, corners, partial,
       columns, grad_columns;
   int64_t gradient_size, table_size, partial_size, weight_size;
+  int64_t block_tiles;  // tiles of an image between two synchronisations
 
   BackwardBuffers(const Tensor& like, const DeformConv2dPlan& plan, int64_t images,
                   int64_t rows_size, int64_t tiles) {
     const DeformConv2dGeometry& g = plan.geometry;
-    const int64_t image_tiles = images * std::min(kBlockTiles, tiles);
     const auto floats = [&](int64_t n) { return scratch(like, scalar_type_of<A>(), n); };
     gradient_size = g.groups * kTilePixels * plan.padded_out_channels;
     table_size = g.deform_groups * g.taps() * kTilePixels;
     partial_size = plan.segment_count * g.taps() * kTilePixels * 3;
     weight_size = g.taps() * plan.padded_channels * plan.padded_out_channels;
+    const int64_t tile_bytes =
+        (2 * gradient_size + partial_size) * sizeof(A) + table_size * sizeof(Corners<A>);
+    block_tiles = std::clamp<int64_t>(kBlockBytes / tile_bytes, 1, tiles);
+    const int64_t image_tiles = images * block_tiles;
     const int64_t workers = worker_count(images * plan.segment_count);
     rows = floats(images * rows_size);
     grad_rows = floats(images * rows_size);
@@ -308,9 +312,9 @@ void backward(const DeformConv2dGeometry& g, const Tensor& grad_output, const Te
     const int64_t images = std::min(in_flight, g.batch - first);
     call.load_images(first, images, mutable_data_of<A>(buffers.rows));
     clear(mutable_data_of<A>(buffers.grad_rows), images * call.rows_size());
-    for (int64_t tile = 0; tile < call.tiles; tile += kBlockTiles)
+    for (int64_t tile = 0; tile < call.tiles; tile += buffers.block_tiles)
       backward_block(call, buffers, data_of<T>(grad_output), first, images, tile,
-                     std::min(kBlockTiles, call.tiles - tile), gradients);
+                     std::min(buffers.block_tiles, call.tiles - tile), gradients);
     parallel_items(images * chunks, [&](int64_t, int64_t item) {
       const int64_t slot = item / chunks, begin = item % chunks * kTilePixels;
       call.kernel.rows_to_image(

@@ -2,6 +2,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
+#include <exception>
 #include <string>
 
 #include "cpu/capability.h"
@@ -49,13 +50,20 @@ CpuCapability cpu_capability() {
 
 }  // namespace mmdeform
 
+// The instruction set in use, or "error: " and what is wrong: no exception may cross this border.
 extern "C" __attribute__((visibility("default"))) const char* mmdeform_cpu_capability() {
-  switch (mmdeform::cpu_capability()) {
-    case mmdeform::CpuCapability::kAvx512:
-      return "avx512";
-    case mmdeform::CpuCapability::kAvx2:
-      return "avx2";
-    default:
-      return "default";
+  static std::string error;
+  try {
+    switch (mmdeform::cpu_capability()) {
+      case mmdeform::CpuCapability::kAvx512:
+        return "avx512";
+      case mmdeform::CpuCapability::kAvx2:
+        return "avx2";
+      default:
+        return "default";
+    }
+  } catch (const std::exception& exception) {
+    error = std::string("error: ") + exception.what();
+    return error.c_str();
   }
 }

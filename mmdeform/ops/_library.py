@@ -67,18 +67,22 @@ def _load_library(path: Path, capability_symbol: str) -> LibraryStatus:
         return LibraryStatus(path, problem=f"{path} does not exist: it was not built")
     try:
         torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
+        query = getattr(ctypes.CDLL(str(path)), capability_symbol)
+    except (OSError, RuntimeError, AttributeError) as error:
         return LibraryStatus(path, problem=f"{path} cannot be loaded: {error}")
-    query = getattr(ctypes.CDLL(str(path)), capability_symbol)
     query.restype = ctypes.c_char_p
-    return LibraryStatus(path, loaded=True, capability=query().decode())
+    capability = query().decode()
+    if capability.startswith("error: "):
+        raise ImportError(capability.removeprefix("error: "))
+    return LibraryStatus(path, loaded=True, capability=capability)
 
 
 def load() -> None:
     """Loads the libraries that fit this torch and reports, once, those that are missing.
 
     Raises:
-        ImportError: A library is missing and ``MMDEFORM_REQUIRE_EXT=1``.
+        ImportError: A library is missing and ``MMDEFORM_REQUIRE_EXT=1``, or
+            ``MMDEFORM_CPU_CAPABILITY`` names an instruction set that is not there.
     """
     cpu_path = Path(os.environ.get("MMDEFORM_CPU_LIBRARY") or _PACKAGE / "_C_cpu.so")
     _status["cpu"] = _load_library(cpu_path, "mmdeform_cpu_capability")

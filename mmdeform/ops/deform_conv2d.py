@@ -237,8 +237,8 @@ register_autocast("deform_conv2d", _autocast)
 
 
 def _pair(value: int | Sequence[int], name: str, minimum: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or any(v < minimum for v in pair):
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
+    if len(pair) != 2 or any(not isinstance(v, int) or v < minimum for v in pair):
         raise ValueError(
             f"{name}: expected an integer or (vertical, horizontal), each >= {minimum}, got {value}"
         )

@@ -214,6 +214,19 @@ def test_direct_call_refuses(
         schema(*values)
 
 
+@pytest.mark.emulated
+def test_direct_call_refuses_a_kernel_larger_than_the_input(kernel_device: str) -> None:
+    """Also where the division by the stride would round a negative room up to zero."""
+    image, offset, weight = (
+        torch.randn(shape, device=kernel_device)
+        for shape in ((1, 1, 2, 2), (1, 18, 1, 1), (1, 1, 3, 3))
+    )
+    with pytest.raises(RuntimeError, match=r"input: \(1, 1, 2, 2\) is smaller than the kernel"):
+        torch.ops.mmdeform.deform_conv2d(
+            image, offset, None, weight, None, [2, 2], [0, 0], [1, 1], 1, 1
+        )
+
+
 @pytest.mark.parametrize(
     ("spatial_shapes", "level_start_index"),
     [
