@@ -16,6 +16,7 @@ Change = Callable[[Arguments], dict[str, Any]]
 # Changes to the asymmetric case, (2, 6, 7, 6) -> (2, 10, 3, 5), and the error that they cause.
 CONV_ERRORS: list[tuple[Change, str]] = [
     (lambda a: {"stride": 0}, r"stride: expected an integer or .* each >= 1, got 0"),
+    (lambda a: {"stride": 1.5}, r"stride: expected an integer or .*, got 1.5"),
     (lambda a: {"stride": (1, 2, 3)}, r"stride: expected .*, got \(1, 2, 3\)"),
     (lambda a: {"padding": (0, -1)}, r"padding: expected .* each >= 0, got \(0, -1\)"),
     (lambda a: {"dilation": [1, 0]}, r"dilation: expected .* each >= 1, got \[1, 0\]"),
