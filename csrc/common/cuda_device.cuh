@@ -113,7 +113,8 @@ __device__ __forceinline__ void reduce_add(float* address, const float (&values)
   if constexpr (kCount % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address + i),
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                       __cvta_generic_to_global(address + i)),
                    "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
                    : "memory");
     }

@@ -22,7 +22,7 @@ constexpr int64_t kMaxSortedEntries = int64_t{1} << 21;
 // sorted, `order` holds the entries in that order. The group of threads at the first entry of a
 // segment sums all of it.
 template <typename A, int kVector, typename Source>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 4)
     segment_sum_kernel(const int64_t* __restrict__ keys, const int64_t* __restrict__ order,
                        const A* __restrict__ weights, int64_t entries, int row_length, int lanes,
                        Source source, A* __restrict__ destination) {
