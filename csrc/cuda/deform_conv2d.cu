@@ -21,8 +21,12 @@ namespace {
 
 constexpr int kThreads = kDeformConv2dThreads;
 
-// Bound on the workspace of one tile.
-constexpr int64_t kTileBytes = int64_t{32} << 20;
+// Bound on the workspace of one tile. The emulator's build sets less, so that small images are cut
+// into several tiles.
+#ifndef MMDEFORM_CUDA_TILE_BYTES
+#define MMDEFORM_CUDA_TILE_BYTES (int64_t{32} << 20)
+#endif
+constexpr int64_t kTileBytes = MMDEFORM_CUDA_TILE_BYTES;
 
 // Kernels count in 32 bits within an image and within the columns of an output pixel.
 DeformConv2dShape kernel_shape(const DeformConv2dGeometry& g) {

@@ -15,8 +15,12 @@ namespace mmdeform {
 
 constexpr int64_t kNoSegment = std::numeric_limits<int64_t>::max();  // key of no destination
 
-// Entries per sort; with keys, order, weights and the sort's own copies about 100 MB.
-constexpr int64_t kMaxSortedEntries = int64_t{1} << 21;
+// Entries per sort; with keys, order, weights and the sort's own copies about 100 MB. The
+// emulator's build sets fewer, so that small tensors take several sorts.
+#ifndef MMDEFORM_CUDA_SORTED_ENTRIES
+#define MMDEFORM_CUDA_SORTED_ENTRIES (int64_t{1} << 21)
+#endif
+constexpr int64_t kMaxSortedEntries = MMDEFORM_CUDA_SORTED_ENTRIES;
 
 // Adds weights[e] * source(e, channel) of every entry e to row keys[e] of destination. `keys` are
 // sorted, `order` holds the entries in that order. The group of threads at the first entry of a

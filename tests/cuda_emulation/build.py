@@ -26,7 +26,8 @@ FLAGS = (
     "-std=gnu++17 -O2 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off "
     "-U_FORTIFY_SOURCE "
     "-Wall -Wno-unknown-pragmas -DTORCH_TARGET_VERSION=0x020a000000000000 -DUSE_CUDA "
-    "-DMMDEFORM_CUDA_DISPATCH_KEY=CPU"
+    "-DMMDEFORM_CUDA_DISPATCH_KEY=CPU -DMMDEFORM_CUDA_TILE_BYTES=8192 "
+    "-DMMDEFORM_CUDA_SORTED_ENTRIES=1024"
 ).split()
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 
@@ -116,6 +117,8 @@ def build(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Builds the emulated CUDA kernels; prints the path.")
+    parser = argparse.ArgumentParser(
+        description="Builds the emulated CUDA kernels; prints the path."
+    )
     parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer")
     print(build(sanitize=parser.parse_args().sanitize))
