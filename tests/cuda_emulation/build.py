@@ -118,7 +118,7 @@ def build(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description="Builds the emulated CUDA kernels; prints the path."
+        description="Builds emulated CUDA kernels; prints the path."
     )
     parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer")
     print(build(sanitize=parser.parse_args().sanitize))

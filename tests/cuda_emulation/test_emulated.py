@@ -29,9 +29,9 @@ def environment(library: Path, seed: int = 0) -> dict[str, str]:
 def test_operators(library: Path, seed: int) -> None:
     # Gradcheck calls a kernel thousands of times and takes other paths no more than once.
     selection = "not notices" if seed == 0 else "not gradcheck"
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "emulated and not cuda", "-k", selection]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops"]
-        + ["-m", "emulated and not cuda", "-k", selection],
+        [sys.executable, "-m", "pytest", *arguments, "tests/ops"],
         cwd=ROOT,
         env=environment(library, seed),
         capture_output=True,
