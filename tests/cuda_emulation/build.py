@@ -117,8 +117,6 @@ def build(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Builds emulated CUDA kernels; prints the path."
-    )
+    parser = argparse.ArgumentParser(description="Builds emulated CUDA kernels; prints the path.")
     parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer")
     print(build(sanitize=parser.parse_args().sanitize))
