@@ -47,7 +47,10 @@ ASAN_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-f
 asan: build
 	MMDEFORM_SANITIZE=1 MMDEFORM_CUDA=0 $(BIN)/python setup.py --quiet build_ext --build-lib build/asan
 	$(ASAN_ENV) MMDEFORM_CPU_LIBRARY=build/asan/mmdeform/_C_cpu.so MMDEFORM_REQUIRE_EXT=1 \
-	  $(BIN)/python -m pytest tests/ops -m "not large"
+	  $(BIN)/python -m pytest tests/ops -m "not large and not cuda"
+	$(ASAN_ENV) MMDEFORM_CPU_LIBRARY="$$($(BIN)/python tests/cuda_emulation/build.py --sanitize)" \
+	  MMDEFORM_REQUIRE_EXT=1 \
+	  $(BIN)/python -m pytest tests/ops -m "emulated and not cuda" -k "not gradcheck"
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
