@@ -26,7 +26,7 @@ from mmdeform.analysis.sampling import LayerSampling, record_sampling, trace_poi
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
 
-SCALE = 4  # pixels of the picture per pixel of the image
+PANEL = 3.2  # width of one image in the picture, inches of 200 pixels
 Detection = tuple[str, float, np.ndarray, np.ndarray]  # class, score, box (4,), mask (H, W)
 
 
@@ -178,7 +178,7 @@ def visualize(
             "validation set; train it longer or lower --score"
         )
     height, width = rows[0][0].shape[:2]
-    size = (4 * width * SCALE / 200, len(rows) * (height * SCALE / 200 + 0.25))
+    size = (4 * PANEL, len(rows) * (PANEL * height / width + 0.25))
     figure, axes = plt.subplots(len(rows), 4, figsize=size, squeeze=False, layout="constrained")
     for row, content in zip(axes, rows, strict=True):
         draw_row(row, *content)
