@@ -46,9 +46,9 @@ inline void check_dim(const char* name, const Tensor& tensor, int64_t dim) {
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected,
                         const char* like) {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected the dtype of ", like,
-                  " (ScalarType ", static_cast<int>(expected), "), got ScalarType ",
-                  static_cast<int>(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected the dtype of ", like, ", ",
+                  torch::headeronly::toString(expected), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline ScalarType accumulation_type(ScalarType type) {
@@ -59,8 +59,9 @@ inline ScalarType accumulation_type(ScalarType type) {
 inline void check_coordinate_dtype(const char* name, const Tensor& tensor, ScalarType data) {
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == data || type == accumulation_type(data), name,
-                  ": expected the dtype of the data (ScalarType ", static_cast<int>(data),
-                  ") or its accumulation dtype, got ScalarType ", static_cast<int>(type));
+                  ": expected the dtype of the data, ", torch::headeronly::toString(data), ", or ",
+                  torch::headeronly::toString(accumulation_type(data)), ", got ",
+                  torch::headeronly::toString(type));
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& like) {

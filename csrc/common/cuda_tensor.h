@@ -14,8 +14,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/checks.h"
 #include "common/cuda_device.cuh"
+#include "common/dtypes.h"
 
 namespace mmdeform {
 
@@ -73,46 +73,7 @@ inline int vector_length(const Tensor& tensor, std::initializer_list<int64_t> ro
   return static_cast<int>(length);
 }
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
-
-// Calls function(Type<T>, Type<Coordinate>) for data of `dtype` and coordinates of `coordinates`,
-// of which check_coordinate_dtype holds.
-template <typename Function>
-void dispatch_dtypes(const char* name, ScalarType dtype, ScalarType coordinates,
-                     const Function& function) {
-  const auto half = [&](auto type) {
-    if (coordinates == dtype) return function(type, type);
-    return function(type, Type<float>());
-  };
-  switch (dtype) {
-    case ScalarType::Double:
-      return function(Type<double>(), Type<double>());
-    case ScalarType::Float:
-      return function(Type<float>(), Type<float>());
-    case ScalarType::Half:
-      return half(Type<torch::headeronly::Half>());
-    case ScalarType::BFloat16:
-      return half(Type<torch::headeronly::BFloat16>());
-    default:
-      STD_TORCH_CHECK(false, name, ": expected dtype Double, Float, Half or BFloat16, got ",
-                      torch::headeronly::toString(dtype));
-  }
-}
-
-template <typename T>
-const T* data_of(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 }  // namespace mmdeform

@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "common/deform_conv2d_checks.h"
-#include "cpu/dispatch.h"
+#include "common/dtypes.h"
 #include "cpu/parallel.h"
 
 namespace mmdeform {
@@ -35,7 +35,6 @@ bool is_channels_last(const Tensor& t) {
   return t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
 }
 
-// Zero bytes are zero in both accumulation types.
 template <typename A>
 void clear(A* data, int64_t count) {
   std::fill(data, data + count, A(0));
@@ -169,10 +168,11 @@ Tensor deform_conv2d_cpu(const Tensor& input, const Tensor& offset,
   if (output.numel() == 0) return output;
   std::optional<Tensor> flat_bias;
   if (bias.has_value()) flat_bias = torch::stable::contiguous(*bias);
-  dispatch_types("input", input.scalar_type(), offset.scalar_type(), [&](auto data, auto coords) {
-    forward<typename decltype(data)::type, typename decltype(coords)::type>(
-        g, input, offset, mask, torch::stable::contiguous(weight), flat_bias, output);
-  });
+  dispatch_dtypes<Half, BFloat16>(
+      "input", input.scalar_type(), offset.scalar_type(), [&](auto data, auto coords) {
+        forward<typename decltype(data)::type, typename decltype(coords)::type>(
+            g, input, offset, mask, torch::stable::contiguous(weight), flat_bias, output);
+      });
   return output;
 }
 
@@ -344,11 +344,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
                        : torch::stable::new_empty(offset, {0}),
       torch::stable::new_zeros(weight, weight.sizes())};
   if (grad_output.numel() > 0) {
-    dispatch_types("input", input.scalar_type(), offset.scalar_type(), [&](auto data, auto coords) {
-      backward<typename decltype(data)::type, typename decltype(coords)::type>(
-          g, torch::stable::contiguous(grad_output), input, offset, mask,
-          torch::stable::contiguous(weight), gradients);
-    });
+    dispatch_dtypes<Half, BFloat16>(
+        "input", input.scalar_type(), offset.scalar_type(), [&](auto data, auto coords) {
+          backward<typename decltype(data)::type, typename decltype(coords)::type>(
+              g, torch::stable::contiguous(grad_output), input, offset, mask,
+              torch::stable::contiguous(weight), gradients);
+        });
   }
   return {gradients.input, gradients.offset, gradients.mask, gradients.weight};
 }

@@ -35,8 +35,8 @@ const MsDeformAttnKernels& select_kernels(ScalarType data, ScalarType coordinate
     case ScalarType::BFloat16:
       return same ? table().bf16 : table().bf16_fp32;
     default:
-      STD_TORCH_CHECK(false, "value: expected fp64, fp32, fp16 or bf16, got ScalarType ",
-                      static_cast<int>(data));
+      STD_TORCH_CHECK(false, "value: expected dtype Double, Float, Half or BFloat16, got ",
+                      torch::headeronly::toString(data));
   }
 }
 

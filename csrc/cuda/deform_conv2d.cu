@@ -113,16 +113,17 @@ std::vector<DeformConv2dTile> cut_tiles(const DeformConv2dShape& shape, size_t e
 // Calls function(Type<T>, Type<C>, Constant<vector length>).
 template <typename Function>
 void dispatch(const Arguments& arguments, const Function& function) {
-  dispatch_dtypes("deform_conv2d", arguments.input.scalar_type(), arguments.offset.scalar_type(),
-                  [&](auto type, auto coordinate) {
-                    using T = typename decltype(type)::type;
-                    constexpr int kVector = kVectorBytes / sizeof(T);
-                    const int length = vector_length(arguments.input,
-                                                     {arguments.shape.channels_per_group(),
-                                                      arguments.shape.channels_per_deform_group()});
-                    if (length == kVector) return function(type, coordinate, Constant<kVector>());
-                    function(type, coordinate, Constant<1>());
-                  });
+  dispatch_dtypes<torch::headeronly::Half, torch::headeronly::BFloat16>(
+      "deform_conv2d", arguments.input.scalar_type(), arguments.offset.scalar_type(),
+      [&](auto type, auto coordinate) {
+        using T = typename decltype(type)::type;
+        constexpr int kVector = kVectorBytes / sizeof(T);
+        const int length = vector_length(
+            arguments.input,
+            {arguments.shape.channels_per_group(), arguments.shape.channels_per_deform_group()});
+        if (length == kVector) return function(type, coordinate, Constant<kVector>());
+        function(type, coordinate, Constant<1>());
+      });
 }
 
 int64_t point_blocks(const DeformConv2dShape& shape, const DeformConv2dTile& tile) {

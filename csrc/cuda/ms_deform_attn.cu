@@ -84,7 +84,7 @@ Tensor ms_deform_attn_cuda(const Tensor& value, const Tensor& spatial_shapes,
                             attention_weights);
   const Tensor output = new_empty(
       value, {shape.N, shape.Lq, static_cast<int64_t>(shape.M) * shape.Dh}, value.scalar_type());
-  dispatch_dtypes(
+  dispatch_dtypes<torch::headeronly::Half, torch::headeronly::BFloat16>(
       "ms_deform_attn", value.scalar_type(), sampling_locations.scalar_type(),
       [&](auto type, auto coordinate) {
         using T = typename decltype(type)::type;
@@ -141,27 +141,28 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cuda(
                                           sampling_locations.scalar_type());
   const Tensor grad_weights = new_empty(value, {shape.N, shape.Lq, shape.M, shape.L, shape.P},
                                         sampling_locations.scalar_type());
-  dispatch_dtypes("ms_deform_attn_backward", value.scalar_type(), sampling_locations.scalar_type(),
-                  [&](auto type, auto coordinate) {
-                    using T = typename decltype(type)::type;
-                    using C = typename decltype(coordinate)::type;
-                    using A = accumulation_t<T>;
-                    dispatch_row<T>(values, [&](auto vector, auto lanes) {
-                      constexpr int kVector = decltype(vector)::value;
-                      if (deterministic) {
-                        add_grad_value_sorted<T, C, kVector>(
-                            launch, grad_outputs, points.pointers<C>(), shape, grad_value);
-                      }
-                      const MsDeformAttnGradients<A, C> gradients{
-                          deterministic ? nullptr : mutable_data_of<A>(grad_value),
-                          mutable_data_of<C>(grad_locations), mutable_data_of<C>(grad_weights)};
-                      launch("ms_deform_attn_backward_kernel",
-                             ms_deform_attn_backward_kernel<T, C, kVector, decltype(lanes)::value>,
-                             ceil_div(shape.rows() * lanes, kThreads), kThreads,
-                             levels_bytes(shape), data_of<T>(grad_outputs), data_of<T>(values),
-                             points.pointers<C>(), shape, gradients);
-                    });
-                  });
+  dispatch_dtypes<torch::headeronly::Half, torch::headeronly::BFloat16>(
+      "ms_deform_attn_backward", value.scalar_type(), sampling_locations.scalar_type(),
+      [&](auto type, auto coordinate) {
+        using T = typename decltype(type)::type;
+        using C = typename decltype(coordinate)::type;
+        using A = accumulation_t<T>;
+        dispatch_row<T>(values, [&](auto vector, auto lanes) {
+          constexpr int kVector = decltype(vector)::value;
+          if (deterministic) {
+            add_grad_value_sorted<T, C, kVector>(launch, grad_outputs, points.pointers<C>(), shape,
+                                                 grad_value);
+          }
+          const MsDeformAttnGradients<A, C> gradients{
+              deterministic ? nullptr : mutable_data_of<A>(grad_value),
+              mutable_data_of<C>(grad_locations), mutable_data_of<C>(grad_weights)};
+          launch("ms_deform_attn_backward_kernel",
+                 ms_deform_attn_backward_kernel<T, C, kVector, decltype(lanes)::value>,
+                 ceil_div(shape.rows() * lanes, kThreads), kThreads, levels_bytes(shape),
+                 data_of<T>(grad_outputs), data_of<T>(values), points.pointers<C>(), shape,
+                 gradients);
+        });
+      });
   return {torch::stable::to(grad_value, value.scalar_type()), grad_locations, grad_weights};
 }
 
