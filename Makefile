@@ -36,8 +36,9 @@ build: install
 demo: build
 	$(BIN)/python tools/demo.py
 
+# Threads that wait by spinning would slow each other down where cores are shared.
 test: build
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests
 
 # The interpreter is not built with AddressSanitizer, so its runtime is loaded first; leaks of the
 # interpreter itself are not ours to report.

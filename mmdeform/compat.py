@@ -5,6 +5,7 @@ names the failure it removes, changes nothing else, can be applied any number of
 nothing where mmengine is not installed.
 """
 
+import atexit
 import functools
 import importlib.util
 import pickle
@@ -111,8 +112,16 @@ def _gloo_without_accelerator(init_dist_pytorch: Any) -> Any:
             )
         kwargs.pop("init_backend", None)
         torch.distributed.init_process_group(backend="gloo", **kwargs)
+        # Nobody else ends the group, and a process that exits while threads of gloo still run may
+        # abort ("terminate called without an active exception") although its training succeeded.
+        atexit.register(_end_process_group)
 
     return wrapper
+
+
+def _end_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _no_device_ids_on_cpu(init: Any) -> Any:
