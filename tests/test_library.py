@@ -161,7 +161,7 @@ class TestWithoutLibraries:
         path = built("_C_cpu.so")
         done = run_python(COMPUTE, source_package, MMDEFORM_CPU_LIBRARY=str(path))
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() in CAPABILITIES
+        assert done.stdout.splitlines()[0] in CAPABILITIES
 
 
 class TestCapabilities:
