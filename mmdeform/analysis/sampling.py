@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdeform.ops.deform_conv2d import sampling_positions
+
 __all__ = ["LayerSampling", "offsets_to_locations", "record_sampling", "trace_points"]
 
 
@@ -27,6 +29,7 @@ class LayerSampling:
         name: Name of the layer in its model.
         locations: Sampling locations (x, y) in pixels of the image, shape (N, D, K, Ho, Wo, 2) for
             D deform groups and K taps.
+        grid: The same without offsets, shape (1, 1, K, Ho, Wo, 2).
         weights: Modulation of each sample, shape (N, D, K, Ho, Wo); ones where the layer has none.
         stride: Distance (x, y) of neighbouring outputs in pixels of the image.
     """
@@ -58,22 +61,14 @@ def offsets_to_locations(
     Returns:
         Locations (x, y) in pixels of the layer's input, shape (N, D, Kh*Kw, Ho, Wo, 2).
     """
-    batch, channels, height, width = offset.shape
-    taps = kernel_size[0] * kernel_size[1]
-    if channels % (2 * taps):
+    points = 2 * kernel_size[0] * kernel_size[1]
+    if offset.shape[1] % points:
         raise ValueError(
             f"offset must have a multiple of 2 * {kernel_size[0]} * {kernel_size[1]} channels, "
             f"but has shape {tuple(offset.shape)}"
         )
-    axes = []  # positions before the offset, per axis: (taps of the axis, outputs of the axis)
-    for axis, outputs in enumerate((height, width)):
-        starts = torch.arange(outputs, device=offset.device) * stride[axis] - padding[axis]
-        steps = torch.arange(kernel_size[axis], device=offset.device) * dilation[axis]
-        axes.append(steps[:, None] + starts)
-    y = axes[0][:, None, :, None].expand(*kernel_size, height, width).reshape(taps, height, width)
-    x = axes[1][None, :, None, :].expand(*kernel_size, height, width).reshape(taps, height, width)
-    offset = offset.view(batch, -1, taps, 2, height, width)
-    return torch.stack([x + offset[:, :, :, 1], y + offset[:, :, :, 0]], dim=-1)
+    y, x = sampling_positions(offset, kernel_size, stride, padding, dilation)
+    return torch.stack([x, y], dim=-1)
 
 
 @contextmanager
