@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace mmdeform {
 
@@ -62,6 +63,14 @@ inline void check_coordinate_dtype(const char* name, const Tensor& tensor, Scala
                   ": expected the dtype of the data, ", torch::headeronly::toString(data), ", or ",
                   torch::headeronly::toString(accumulation_type(data)), ", got ",
                   torch::headeronly::toString(type));
+}
+
+// A number per axis: height, width. The upper limit keeps positions exact in fp32.
+inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t smallest) {
+  STD_TORCH_CHECK(pair.size() == 2 && pair[0] >= smallest && pair[1] >= smallest &&
+                      pair[0] < 1 << 24 && pair[1] < 1 << 24,
+                  name, ": expected two integers of at least ", smallest, ", got ",
+                  shape_string(pair));
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& like) {

@@ -9,14 +9,6 @@
 
 namespace mmdeform {
 
-// The upper limit keeps positions exact in fp32.
-inline void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t smallest) {
-  STD_TORCH_CHECK(pair.size() == 2 && pair[0] >= smallest && pair[1] >= smallest &&
-                      pair[0] < 1 << 24 && pair[1] < 1 << 24,
-                  name, ": expected two integers of at least ", smallest, ", got ",
-                  shape_string(pair));
-}
-
 inline DeformConv2dGeometry check_deform_conv2d(
     const Tensor& input, const Tensor& offset, const std::optional<Tensor>& mask,
     const Tensor& weight, const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
