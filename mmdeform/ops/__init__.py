@@ -2,6 +2,8 @@
 
 from . import _library
 from .deform_conv2d import deform_conv2d, deform_conv2d_reference
+from .deform_ps_roi_pool import deform_ps_roi_pool, deform_ps_roi_pool_reference
+from .deform_roi_pool import deform_roi_pool, deform_roi_pool_reference
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_reference
 
 _library.load()
@@ -9,6 +11,10 @@ _library.load()
 __all__ = [
     "deform_conv2d",
     "deform_conv2d_reference",
+    "deform_ps_roi_pool",
+    "deform_ps_roi_pool_reference",
+    "deform_roi_pool",
+    "deform_roi_pool_reference",
     "ms_deform_attn",
     "ms_deform_attn_reference",
 ]
