@@ -21,6 +21,7 @@ from mmdeform.analysis import benchmark
 from mmdeform.analysis.benchmark import Operator, Peer, Settings, check, measure, runner
 from mmdeform.analysis.benchmark.case import Absent
 from mmdeform.analysis.benchmark.deform_conv2d import make_case as make_conv_case
+from mmdeform.analysis.benchmark.deform_roi_pool import make_case as make_roi_case
 from mmdeform.analysis.benchmark.ms_deform_attn import gaussian
 from mmdeform.analysis.benchmark.ms_deform_attn import make_case as make_attention_case
 
@@ -30,6 +31,10 @@ TINY = {
     "deform_conv2d": (
         make_conv_case("v2", 8, 6, 9, deform_groups=2, dilation=2, batches=BATCHES),
         make_conv_case("v1", 8, 6, 9, modulated=False, stride=2, batches=BATCHES),
+    ),
+    "deform_roi_pool": (
+        make_roi_case("v2", 30, 40, 4, channels=8, rois=5, mask=True, batches=BATCHES),
+        make_roi_case("plain", 30, 40, 4, channels=8, rois=5, offset=False, batches=BATCHES),
     ),
     "ms_deform_attn": (
         make_attention_case(
@@ -44,6 +49,7 @@ GRADIENTS = [
     (name, field)
     for name, fields in {
         "deform_conv2d": ("output", "input", "offset", "mask", "weight"),
+        "deform_roi_pool": ("output", "input", "offset", "mask"),
         "ms_deform_attn": ("output", "value", "sampling_locations", "attention_weights"),
     }.items()
     for field in fields
@@ -165,9 +171,23 @@ def test_pieces_of_the_reference_make_the_whole(operators: dict[str, Operator], 
         covered[place] += 1
     assert covered.eq(1).all()
     grad_output = torch.randn_like(output)
-    whole = check.call_with_gradients(operator.reference, inputs, grad_output)
+    whole = check.call_with_gradients(
+        operator.reference, inputs, grad_output, operator.constants
+    )
     pieces = check.reference_results(operator, inputs, grad_output)
     torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
+
+
+def roi_positions(
+    rois: Tensor, offset: Tensor, spatial_scale: float, gamma: float, **_: object
+) -> Tensor:
+    """Positions (x, y) of two samples per bin and axis, shape (R, 2, 7, 7, 2)."""
+    start, end = (rois[:, 1:] * spatial_scale - 0.5).split(2, dim=1)
+    bin_size = ((end - start) / 7)[:, :, None, None]
+    bins = torch.arange(7.0, dtype=torch.float64)
+    steps = torch.stack(torch.meshgrid(bins, bins, indexing="xy"))  # (2, 7, 7): (x, y)
+    first = start[:, :, None, None] + (steps + 0.25 + 0.7 * offset) * bin_size
+    return torch.stack((first, first + bin_size / 2), dim=-1)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -175,6 +195,8 @@ def test_samples_stay_off_integers(operators: dict[str, Operator], name: str) ->
     inputs = operators[name].cases[0].make(1, torch.Generator().manual_seed(0))
     if name == "deform_conv2d":
         positions = inputs["offset"]
+    elif name == "deform_roi_pool":
+        positions = roi_positions(**inputs)
     else:
         sizes = inputs["spatial_shapes"].flip(1)[:, None]
         positions = inputs["sampling_locations"] * sizes - 0.5

@@ -4,13 +4,14 @@ To add an operator, write a module with an :class:`Operator` (its function, its 
 and its cases) and list it in :data:`OPERATORS`.
 """
 
-from . import deform_conv2d, ms_deform_attn
+from . import deform_conv2d, deform_roi_pool, ms_deform_attn
 from .case import Absent, Case, Operator, Peer
 from .environment import describe
 from .runner import OURS, CaseResult, Row, Settings, run_case, select
 
 OPERATORS = {
-    operator.name: operator for operator in (deform_conv2d.OPERATOR, ms_deform_attn.OPERATOR)
+    module.OPERATOR.name: module.OPERATOR
+    for module in (deform_conv2d, deform_roi_pool, ms_deform_attn)
 }
 
 __all__ = [

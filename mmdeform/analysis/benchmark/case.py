@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["Absent", "Case", "Inputs", "Operator", "Peer", "cast", "off_integers", "require"]
 
-# Arguments of an operator by name. Floating-point tensors are those that get gradients.
+# Arguments of an operator by name. Floating-point tensors get gradients, but for constants.
 Inputs = dict[str, Any]
 
 
@@ -71,6 +71,8 @@ class Operator:
         samples: Number of interpolated values that one call reads.
         peers: Implementations to compare with.
         cases: Shapes to measure.
+        constants: Floating-point inputs without a gradient, such as RoIs; never narrower than fp32,
+            for peers neither.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Operator:
     samples: Callable[[Inputs], int]
     peers: tuple[Peer, ...]
     cases: tuple[Case, ...]
+    constants: tuple[str, ...] = ()
 
     def has_kernel(self, device_type: str) -> bool:
         """False if a call on this device falls back to the reference."""

@@ -37,7 +37,10 @@ class Error:
 
 
 def call_with_gradients(
-    function: Callable[..., Tensor], inputs: Inputs, grad_output: Tensor
+    function: Callable[..., Tensor],
+    inputs: Inputs,
+    grad_output: Tensor,
+    constants: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Calls an implementation and differentiates it.
 
@@ -45,11 +48,12 @@ def call_with_gradients(
         function: Of the inputs by name.
         inputs: Arguments; gradients are those of all floating-point tensors.
         grad_output: Shape of the output.
+        constants: Floating-point tensors without a gradient.
 
     Returns:
         ``output``, and ``grad_<name>`` for each input that the output depends on.
     """
-    leaves = differentiable(inputs)
+    leaves = differentiable(inputs, constants)
     output = function(**{**inputs, **leaves})
     grads = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True)
     results = {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
@@ -59,12 +63,12 @@ def call_with_gradients(
     }
 
 
-def differentiable(inputs: Inputs) -> dict[str, Tensor]:
-    """The floating-point tensors among inputs as leaves that require gradients."""
+def differentiable(inputs: Inputs, constants: tuple[str, ...]) -> dict[str, Tensor]:
+    """The floating-point tensors among inputs, as leaves that require gradients."""
     return {
         name: value.detach().requires_grad_()
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in constants
     }
 
 
@@ -81,7 +85,7 @@ def reference_results(operator: Operator, inputs: Inputs, grad_output: Tensor) -
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
-    leaves = differentiable(wide)
+    leaves = differentiable(wide, operator.constants)
     output = grad_output.new_zeros(grad_output.shape, dtype=torch.float64)
     for piece, place in operator.split({**wide, **leaves}):
         with torch.enable_grad():

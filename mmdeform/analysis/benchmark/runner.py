@@ -61,7 +61,7 @@ class Row:
         error: By result, ``None`` for a yardstick.
         exact: All errors are within the tolerance.
         forward: Without gradients.
-        forward_backward: With the gradients of all floating-point inputs.
+        forward_backward: With the gradients of all floating-point inputs but constants.
     """
 
     name: str
@@ -167,7 +167,7 @@ def run_case(operator: Operator, case: Case, batch: int, settings: Settings) -> 
     device, dtype = settings.device, settings.dtype
     generator = torch.Generator().manual_seed(settings.seed)
     # Rounded once, so that implementations in any dtype see the same values.
-    data = cast(case.make(batch, generator), device, dtype, {})
+    data = cast(case.make(batch, generator), device, dtype, _wide(operator.constants, dtype))
     inputs = _own_inputs(operator, data, settings)
     result = CaseResult(
         operator=operator.name,
@@ -185,7 +185,7 @@ def run_case(operator: Operator, case: Case, batch: int, settings: Settings) -> 
     try:
         output = operator.function(**inputs)
         grad_output = torch.randn(output.shape, generator=generator).to(device, dtype)
-        results = call_with_gradients(operator.function, inputs, grad_output)
+        results = call_with_gradients(operator.function, inputs, grad_output, operator.constants)
     except Exception as error:
         result.refused = f"the call fails: {error}"
         return result
@@ -203,7 +203,7 @@ def run_case(operator: Operator, case: Case, batch: int, settings: Settings) -> 
         )
         return result
     result.rows.append(Row(OURS, kind, dtype_name(dtype), errors, exact=True))
-    calls = {OURS: _Calls(operator.function, inputs, grad_output)}
+    calls = {OURS: _Calls(operator.function, inputs, grad_output, operator.constants)}
     for peer in operator.peers:
         if settings.peers is None or peer.name in settings.peers:
             try:
@@ -225,20 +225,28 @@ class _Calls:
     function: Callable[..., Tensor]
     inputs: Inputs
     grad_output: Tensor
+    constants: tuple[str, ...]
 
     def forward(self) -> list[Tensor]:
         with torch.no_grad():
             return [self.function(**self.inputs)]
 
     def forward_backward(self) -> list[Tensor]:
-        return list(call_with_gradients(self.function, self.inputs, self.grad_output).values())
+        return list(self.results().values())
+
+    def results(self) -> dict[str, Tensor]:
+        return call_with_gradients(self.function, self.inputs, self.grad_output, self.constants)
 
 
 def _own_inputs(operator: Operator, data: Inputs, settings: Settings) -> Inputs:
-    # Coordinates as under autocast: not narrower than fp32.
-    wide = torch.float64 if settings.dtype == torch.float64 else torch.float32
-    coordinates = dict.fromkeys(operator.coordinates, wide)
-    return cast(data, settings.device, settings.dtype, coordinates)
+    # As under autocast.
+    wide = _wide(operator.coordinates + operator.constants, settings.dtype)
+    return cast(data, settings.device, settings.dtype, wide)
+
+
+def _wide(names: tuple[str, ...], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """For inputs that are not to be narrower than fp32."""
+    return dict.fromkeys(names, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -265,12 +273,12 @@ def _admit(
     for dtype in dtypes:
         variant = dataclasses.replace(settings, dtype=dtype)
         if peer.coordinates_as_data:
-            inputs = cast(data, settings.device, dtype, {})
+            inputs = cast(data, settings.device, dtype, _wide(operator.constants, dtype))
         else:
             inputs = _own_inputs(operator, data, variant)
-        calls = _Calls(function, inputs, grad_output.to(dtype))
+        calls = _Calls(function, inputs, grad_output.to(dtype), operator.constants)
         try:
-            results = call_with_gradients(function, inputs, calls.grad_output)
+            results = calls.results()
         except Exception as error:
             reasons.append(f"{dtype_name(dtype)} fails: {str(error).strip().splitlines()[0]}")
             continue
