@@ -33,7 +33,7 @@ TINY = {
         make_conv_case("v1", 8, 6, 9, modulated=False, stride=2, batches=BATCHES),
     ),
     "deform_roi_pool": (
-        make_roi_case("v2", 30, 40, 4, channels=8, rois=5, mask=True, batches=BATCHES),
+        make_roi_case("modulated", 30, 40, 4, channels=8, rois=5, mask=True, batches=BATCHES),
         make_roi_case("plain", 30, 40, 4, channels=8, rois=5, offset=False, batches=BATCHES),
     ),
     "ms_deform_attn": (
@@ -171,9 +171,7 @@ def test_pieces_of_the_reference_make_the_whole(operators: dict[str, Operator], 
         covered[place] += 1
     assert covered.eq(1).all()
     grad_output = torch.randn_like(output)
-    whole = check.call_with_gradients(
-        operator.reference, inputs, grad_output, operator.constants
-    )
+    whole = check.call_with_gradients(operator.reference, inputs, grad_output, operator.constants)
     pieces = check.reference_results(operator, inputs, grad_output)
     torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
 
@@ -202,7 +200,7 @@ def test_samples_stay_off_integers(operators: dict[str, Operator], name: str) ->
         positions = inputs["sampling_locations"] * sizes - 0.5
     distance = (positions - positions.round()).abs()
     assert distance.min() > 0.0099
-    assert distance.max() > 0.45  # and are spread over pixels
+    assert distance.max() > 0.4  # and are spread over pixels
 
 
 def test_samples_are_counted(operators: dict[str, Operator]) -> None:
@@ -308,7 +306,7 @@ def test_tool_writes_table_and_json(
     assert environment["torch"] == torch.__version__
     assert {"commit", "command", "packages", "libraries", "cpu", "threads"} <= set(environment)
     assert "torchvision" in environment["packages"]
-    assert len(report["results"]) == 8
+    assert len(report["results"]) == 2 * sum(len(cases) for cases in TINY.values())
     for result in report["results"]:
         assert result["refused"] is None and result["batch"] == 2 and result["device"] == "cpu"
         assert result["shapes"]
