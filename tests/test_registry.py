@@ -15,6 +15,7 @@ from mmdeform.registry import MODELS
 
 MMCV_BASES = (
     mmcv.ops.DeformConv2d,
+    mmcv.ops.DeformRoIPool,
     mmcv.ops.ModulatedDeformConv2d,
     mmcv.ops.MultiScaleDeformableAttention,
 )
@@ -39,6 +40,9 @@ NAMES = {
     "DeformConv2d": layers.DeformConv2d,
     "ModulatedDeformConv": layers.ModulatedDeformConv2d,
     "ModulatedDeformConv2d": layers.ModulatedDeformConv2d,
+    "DeformRoIPool": layers.DeformRoIPool,
+    "DeformRoIPoolPack": layers.DeformRoIPoolPack,
+    "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,
     "MultiScaleDeformableAttention": layers.MultiScaleDeformableAttention,
 }
 

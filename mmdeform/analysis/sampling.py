@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdeform.layers import DeformConv2dPack, ModulatedDeformConv2dPack
 from mmdeform.ops.deform_conv2d import sampling_positions
 
 __all__ = ["LayerSampling", "offsets_to_locations", "record_sampling", "trace_points"]
@@ -87,9 +88,8 @@ def record_sampling(model: nn.Module) -> Iterator[dict[str, LayerSampling]]:
     Raises:
         ValueError: If the model has no such layer.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if hasattr(module, "predict_offset")
-    }
+    packs = (DeformConv2dPack, ModulatedDeformConv2dPack)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, packs)}
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no deformable convolution of mmdeform that predicts its "

@@ -5,15 +5,20 @@ from .deform_conv2d import (
     DeformConv2dPack,
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
-    OffsetConv2d,
 )
+from .deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .ms_deform_attn import MultiScaleDeformableAttention
+from .offset_layers import OffsetConv2d, OffsetLinear
 
 __all__ = [
     "DeformConv2d",
     "DeformConv2dPack",
+    "DeformRoIPool",
+    "DeformRoIPoolPack",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "ModulatedDeformRoIPoolPack",
     "MultiScaleDeformableAttention",
     "OffsetConv2d",
+    "OffsetLinear",
 ]

@@ -22,34 +22,17 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from mmdeform.ops import deform_conv2d
 from mmdeform.registry import MODELS
 
+from .offset_layers import OffsetConv2d
+
 __all__ = [
     "DeformConv2d",
     "DeformConv2dPack",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
-    "OffsetConv2d",
 ]
 
 IntPair = int | tuple[int, int]
 _RENAMED = {"deformable_groups": "deform_groups"}
-
-
-class _ZeroConv2d(nn.Conv2d):
-    """A convolution whose initial weight and bias are zero."""
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-class OffsetConv2d(_ZeroConv2d):
-    """The convolution that predicts offsets: zero at first, and still zero after ``init_weights``.
-
-    mmengine's ``init_cfg`` picks layers by their class name and the names of their direct bases. A
-    direct subclass of ``nn.Conv2d`` would be given Kaiming or Xavier values by every backbone and
-    neck; a subclass of a subclass is left alone, and is an ``nn.Conv2d`` to ``dcn_offset_lr_mult``.
-    """
 
 
 class _DeformConvMixin:

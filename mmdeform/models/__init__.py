@@ -9,5 +9,6 @@ __all__: list[str] = []
 
 if importlib.util.find_spec("mmdet") is not None:
     from .detectors import DeformableDETR
+    from .roi_extractors import GenericRoIExtractor, SingleRoIExtractor
 
-    __all__ += ["DeformableDETR"]
+    __all__ += ["DeformableDETR", "GenericRoIExtractor", "SingleRoIExtractor"]

@@ -6,7 +6,7 @@ from torch import nn
 
 pytest.importorskip("mmcv.ops")
 from mmdeform.analysis.sampling import offsets_to_locations, record_sampling, trace_points
-from mmdeform.layers import DeformConv2dPack, ModulatedDeformConv2dPack
+from mmdeform.layers import DeformConv2dPack, DeformRoIPoolPack, ModulatedDeformConv2dPack
 from mmdeform.ops import deform_conv2d
 
 GEOMETRY = dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2))
@@ -123,9 +123,13 @@ def test_hooks_are_removed_also_after_an_error() -> None:
     assert layers == {}
 
 
-def test_errors() -> None:
-    message = "Linear has no deformable convolution of mmdeform"
-    with pytest.raises(ValueError, match=message), record_sampling(nn.Linear(1, 1)):
+@pytest.mark.parametrize("module", [nn.Linear(1, 1), DeformRoIPoolPack(2, 1, head="paper")])
+def test_models_without_a_deformable_convolution_are_refused(module: nn.Module) -> None:
+    message = f"{type(module).__name__} has no deformable convolution of mmdeform"
+    with pytest.raises(ValueError, match=message), record_sampling(module):
         pass
+
+
+def test_no_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="layers must name at least one"):
         trace_points([], 0, 0)
