@@ -28,19 +28,23 @@ def register_flop_counters() -> None:
 
 def _flop_handle(formula: Callable[..., int]) -> Callable[[list, list], int]:
     def handle(inputs: list, outputs: list) -> int:
-        shapes = [_shape(value) for value in inputs]
-        return formula(*shapes, out_val=_shape(outputs[0])) // 2
+        arguments = [_argument(value) for value in inputs]
+        return formula(*arguments, out_val=_argument(outputs[0])) // 2
 
     return handle
 
 
 def _output_elements(inputs: list, outputs: list) -> int:
-    return math.prod(_shape(outputs[0]))
+    return math.prod(_argument(outputs[0]))
 
 
-def _shape(value: Any) -> list[int] | None:
-    """Shape of a tensor in a traced graph; None for what is not a tensor."""
-    return value.type().sizes() if value.isCompleteTensor() else None
+def _argument(value: Any) -> Any:
+    """A tensor's shape, or a constant number or list of numbers, in a traced graph."""
+    if value.isCompleteTensor():
+        return value.type().sizes()
+    if value.node().kind() == "prim::ListConstruct":
+        return [element.toIValue() for element in value.node().inputs()]
+    return value.toIValue()
 
 
 register_flop_counters()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import pair
 from ._bilinear import bilinear_corners, with_zero_pixel
 from ._library import (
     AUTOCAST_KEYS,
@@ -236,15 +237,6 @@ def _autocast(
 register_autocast("deform_conv2d", _autocast)
 
 
-def _pair(value: int | Sequence[int], name: str, minimum: int) -> list[int]:
-    pair = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(pair) != 2 or any(not isinstance(v, int) or v < minimum for v in pair):
-        raise ValueError(
-            f"{name}: expected an integer or (vertical, horizontal), each >= {minimum}, got {value}"
-        )
-    return pair
-
-
 def _check_channels(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[int, int]:
     """Returns groups and deform groups after checking that channels can be divided by them."""
     if input.dim() != 4:
@@ -362,8 +354,8 @@ def deform_conv2d(
     Source: Dai et al., https://arxiv.org/abs/1703.06211; Zhu et al.,
     https://arxiv.org/abs/1811.11168. Signature of ``torchvision.ops.deform_conv2d``.
     """
-    stride, padding = _pair(stride, "stride", 1), _pair(padding, "padding", 0)
-    dilation = _pair(dilation, "dilation", 1)
+    stride, padding = pair(stride, "stride", 1), pair(padding, "padding", 0)
+    dilation = pair(dilation, "dilation", 1)
     groups, deform_groups = _check_channels(input, offset, weight)
     out_size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     _check_sizes(input, offset, weight, bias, mask, out_size)
