@@ -11,15 +11,22 @@ import torch
 
 pytest.importorskip("mmdet")
 import yaml
+from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import get_installed_path
 
 from mmdeform.layers import (
     DeformConv2dPack,
+    DeformRoIPool,
+    DeformRoIPoolPack,
     ModulatedDeformConv2dPack,
+    ModulatedDeformRoIPoolPack,
     MultiScaleDeformableAttention,
+    OffsetConv2d,
+    OffsetLinear,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -28,15 +35,14 @@ SMALL = [path for path in CONFIGS if path.stem.endswith("_shapes")]
 FAMILIES = sorted(path.parent for path in (ROOT / "configs").glob("*/metafile.yml"))
 MMDET_CONFIGS = Path(get_installed_path("mmdet"), ".mim", "configs")
 COUNTERPARTS = sorted(
-    path
-    for name in ("dcn", "dcnv2")
-    for path in MMDET_CONFIGS.glob(f"{name}/*.py")
-    if "pool" not in path.stem
+    path for name in ("dcn", "dcnv2") for path in MMDET_CONFIGS.glob(f"{name}/*.py")
 )
 # The class that a word in a config's name promises.
 LAYERS = {
     "dconv": DeformConv2dPack,
     "mdconv": ModulatedDeformConv2dPack,
+    "dpool": DeformRoIPoolPack,
+    "mdpool": ModulatedDeformRoIPoolPack,
     "deformable": MultiScaleDeformableAttention,
 }
 
@@ -50,6 +56,8 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
     words = re.split("[-_]", path.stem)
     if "deformable" in words:
         count = model.encoder.num_layers + model.decoder.num_layers
+    elif {"dpool", "mdpool"} & set(words):
+        count = 4  # one per level of the pyramid
     else:  # the 3x3 convolutions of c3 to c5
         count = 30 if {"r101", "x101"} & set(words) else 13
     return {LAYERS[word]: count for word in words if word in LAYERS}
@@ -57,6 +65,19 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, tuple(LAYERS.values()))]
+
+
+def offset_layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that predict where to sample and how to weigh it."""
+    layers = layers_of(model)
+    if isinstance(layers[0], DeformRoIPool):
+        layers = layers[:1]  # objects are too small for the coarser levels
+    return [
+        module
+        for layer in layers
+        for name, module in layer.named_modules()
+        if isinstance(module, (OffsetConv2d, OffsetLinear)) or name == "sampling_offsets"
+    ]
 
 
 def without_scope(config: Any) -> Any:
@@ -80,14 +101,12 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_configs_are_found() -> None:
     names = {name_of(path) for path in CONFIGS}
-    assert len(names) >= 20
+    assert len(names) >= 29
     assert {"dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "dcnv2/mask-rcnn_r50_shapes"} < names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_config_builds(path: Path) -> None:
-    from mmdet.registry import MODELS
-
     cfg = Config.fromfile(path)
     assert cfg.custom_imports == dict(imports=["mmdeform"], allow_failed_imports=False)
     assert cfg.default_scope == "mmdet"
@@ -119,7 +138,7 @@ def test_small_config_trains(path: Path, shapes: Path, tmp_path: Path) -> None:
     model = runner.model
     model.init_weights()
     model.train()
-    offsets = [getattr(m, "conv_offset", None) or m.sampling_offsets for m in layers_of(model)]
+    offsets = offset_layers_of(model) if expected_layers(path, cfg.model) else []
     before = [conv.weight.clone() for conv in offsets]
     assert all((weight == 0).all() for weight in before)  # init_weights leaves them zero
 
@@ -143,16 +162,39 @@ def test_small_config_trains(path: Path, shapes: Path, tmp_path: Path) -> None:
         assert not torch.equal(conv.weight, weight)
 
 
-def test_twins_differ_in_their_convolutions_only() -> None:
-    plain = Config.fromfile(ROOT / "configs/dcnv2/mask-rcnn_r50_shapes.py").to_dict()
-    for name, kind in (
-        ("dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "mmdeform.DCNv2"),
-        ("dcn/mask-rcnn_r50-dconv-c3-c5_shapes", "mmdeform.DCN"),
-    ):
-        twin = Config.fromfile(ROOT / f"configs/{name}.py").to_dict()
-        assert twin["model"]["backbone"].pop("dcn")["type"] == kind
-        assert twin["model"]["backbone"].pop("stage_with_dcn") == (False, True, True, True)
-        assert twin == plain
+def without_operators(config: Config) -> dict:
+    config.model.backbone.pop("dcn", None)
+    config.model.backbone.pop("stage_with_dcn", None)
+    config.model.roi_head.pop("bbox_roi_extractor")
+    config.optim_wrapper.paramwise_cfg.pop("custom_keys", None)
+    return config.to_dict()
+
+
+@pytest.mark.parametrize("path", [p for p in SMALL if "rcnn" in p.stem], ids=name_of)
+def test_twins_differ_in_their_operators_only(path: Path) -> None:
+    plain = ROOT / "configs" / "dcnv2" / f"{path.stem.split('_')[0]}_r50_shapes.py"
+    ours, theirs = Config.fromfile(path), Config.fromfile(plain)
+    assert without_operators(ours) == without_operators(theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "multiplier"),
+    [
+        ("dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "conv_offset", 0.1),
+        ("dcn/faster-rcnn_r50-dpool_shapes", "offset_fc", 0.01),
+        ("dcnv2/faster-rcnn_r50-mdpool-paper_shapes", "offset_fc", 1.0),
+    ],
+)
+def test_offsets_learn_at_the_rates_of_the_papers(name: str, key: str, multiplier: float) -> None:
+    cfg = Config.fromfile(ROOT / f"configs/{name}.py")
+    init_default_scope("mmdet")
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter_name, parameter in model.named_parameters():
+        expected = cfg.optim_wrapper.optimizer.lr * (multiplier if key in parameter_name else 1)
+        assert rates[id(parameter)] == pytest.approx(expected), parameter_name
 
 
 def test_every_family_is_documented() -> None:
