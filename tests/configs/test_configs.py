@@ -19,6 +19,8 @@ from mmengine.runner import Runner
 from mmengine.utils import get_installed_path
 
 from mmdeform.layers import (
+    DCNv3,
+    DCNv4,
     DeformConv2dPack,
     DeformRoIPool,
     DeformRoIPoolPack,
@@ -43,6 +45,8 @@ LAYERS = {
     "mdconv": ModulatedDeformConv2dPack,
     "dpool": DeformRoIPoolPack,
     "mdpool": ModulatedDeformRoIPoolPack,
+    "dcnv3": DCNv3,
+    "dcnv4": DCNv4,
     "deformable": MultiScaleDeformableAttention,
 }
 
@@ -101,7 +105,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_configs_are_found() -> None:
     names = {name_of(path) for path in CONFIGS}
-    assert len(names) >= 29
+    assert len(names) >= 33
     assert {"dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "dcnv2/mask-rcnn_r50_shapes"} < names
 
 
