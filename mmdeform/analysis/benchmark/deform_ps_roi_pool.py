@@ -96,7 +96,8 @@ OPERATOR = Operator(
     # None of the packages that are looked for elsewhere has this operator.
     peers=(Peer("reference", _load_reference, coordinates_as_data=False, copies=10),),
     cases=(
-        make_case("classes-81-50x84", 50, 84, output_dim=81, classes=81, batches=_BOTH),
+        make_case("classes-81-50x84", 50, 84, output_dim=81, classes=81, batches={"cuda": (2,)}),
+        make_case("classes-21-50x84", 50, 84, output_dim=21, classes=21, batches={"cpu": (1,)}),
         make_case("boxes-8-50x84", 50, 84, output_dim=8, classes=1, batches=_BOTH),
     ),
 )
