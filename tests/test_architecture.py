@@ -207,6 +207,6 @@ class TestOperator:
         assert [contract.name for contract in contracts] == [operator]
         schema = getattr(torch.ops.mmdeform, operator).default._schema
         tensors = {a.name for a in schema.arguments if "Tensor" in str(a.type)}
-        described = {*contracts[0].data, *contracts[0].coordinates}
+        described = {*contracts[0].data, *contracts[0].coordinates, *contracts[0].boxes}
         indices = {a for a in tensors if re.search("shapes|index", a)}
         assert described == tensors - indices

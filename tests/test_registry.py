@@ -40,6 +40,8 @@ NAMES = {
     "DeformConv2d": layers.DeformConv2d,
     "ModulatedDeformConv": layers.ModulatedDeformConv2d,
     "ModulatedDeformConv2d": layers.ModulatedDeformConv2d,
+    "DCNv3": layers.DCNv3,
+    "DCNv4": layers.DCNv4,
     "DeformRoIPool": layers.DeformRoIPool,
     "DeformRoIPoolPack": layers.DeformRoIPoolPack,
     "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,

@@ -43,42 +43,11 @@ void locate(const MsDeformAttnArgs& args, int64_t row, int64_t base, int64_t str
   const int32_t* __restrict__ widths = args.width;
   const int32_t* __restrict__ heights = args.height;
   const int64_t* __restrict__ starts = args.start;
-  int64_t* __restrict__ address = points.address;
-  A* __restrict__ weight = points.weight;
-  A* __restrict__ kept = points.attention;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    A x = x_of[i] - A(0.5), y = y_of[i] - A(0.5), a = attention[i];
-    const bool inside = (x > A(-1)) & (x < width_a[i]) & (y > A(-1)) & (y < height_a[i]);
-    x = inside ? x : A(0);
-    y = inside ? y : A(0);
-    a = inside ? a : A(0);
-    int32_t column = static_cast<int32_t>(x), line = static_cast<int32_t>(y);
-    column -= static_cast<A>(column) > x;
-    line -= static_cast<A>(line) > y;
-    x -= static_cast<A>(column);
-    y -= static_cast<A>(line);
-    x_of[i] = x;
-    y_of[i] = y;
-    kept[i] = a;
-    const A upper = a * (1 - y), lower = a * y;
-    weight[i] = upper * (1 - x);
-    weight[count + i] = upper * x;
-    weight[2 * count + i] = lower * (1 - x);
-    weight[3 * count + i] = lower * x;
-
-    const uint32_t width = widths[i], height = heights[i];
-    const bool left = inside & (static_cast<uint32_t>(column) < width);
-    const bool right = inside & (static_cast<uint32_t>(column + 1) < width);
-    const bool top = static_cast<uint32_t>(line) < height;
-    const bool bottom = static_cast<uint32_t>(line + 1) < height;
-    const int32_t pixel = line * static_cast<int32_t>(width) + column;
-    const int64_t upper_left = (starts[i] + pixel) * stride + base - outside;
-    const int64_t lower_left = upper_left + static_cast<int64_t>(width) * stride;
-    address[i] = outside + (upper_left & -int64_t(top & left));
-    address[count + i] = outside + ((upper_left + stride) & -int64_t(top & right));
-    address[2 * count + i] = outside + (lower_left & -int64_t(bottom & left));
-    address[3 * count + i] = outside + ((lower_left + stride) & -int64_t(bottom & right));
+    const PointImage<A> level = {starts[i] * stride + base, width_a[i], height_a[i], widths[i],
+                                 heights[i]};
+    set_point(points, i, x_of[i] - A(0.5), y_of[i] - A(0.5), attention[i], level, stride, outside);
   }
 }
 

@@ -14,10 +14,10 @@ namespace MMDEFORM_CPU_NAMESPACE {
 // top left, top right, bottom left, bottom right.
 template <typename A>
 struct Points {
-  int64_t count;
-  int64_t* address;  // [4][count], where the corner's channels begin
-  A* weight;         // [4][count], bilinear times attention weight
-  A* x;              // [count], position in pixels, then its fraction
+  int64_t count, stride;  // arrays over corners hold one corner's points `stride` apart
+  int64_t* address;       // [4][stride], where the corner's channels begin
+  A* weight;              // [4][stride], bilinear times attention weight
+  A* x;                   // [count], position in pixels, then its fraction
   A* y;
   A* attention;  // [count], zero outside the image
   A* dot;        // [count][4], <grad_output, corner>
@@ -26,6 +26,7 @@ struct Points {
 
   Points(int64_t* scratch, int64_t count)
       : count(count),
+        stride(count),
         address(scratch),
         weight(reinterpret_cast<A*>(scratch + 4 * count)),
         x(weight + 4 * count),
@@ -34,7 +35,67 @@ struct Points {
         dot(attention + count),
         grad(dot + 4 * count),
         input(grad) {}
+
+  // `size` points from `first` on.
+  Points part(int64_t first, int64_t size) const {
+    Points points = *this;
+    points.count = size;
+    points.address += first;
+    points.weight += first;
+    points.x += first;
+    points.y += first;
+    points.attention += first;
+    points.dot += 4 * first;
+    return points;
+  }
 };
+
+// Where pixel 0 of an image lies, and how large the image is.
+template <typename A>
+struct PointImage {
+  int64_t first;
+  A width_a, height_a;
+  int32_t width, height;
+};
+
+// Fills the arrays for point i at position (x, y) with attention weight a; pixels are `step` bytes
+// apart, corners outside the image are at `outside`. For a loop that the compiler vectorises.
+template <typename A>
+__attribute__((always_inline)) inline void set_point(const Points<A>& points, int64_t i, A x, A y,
+                                                     A a, const PointImage<A>& image, int64_t step,
+                                                     int64_t outside) {
+  const bool inside = (x > A(-1)) & (x < image.width_a) & (y > A(-1)) & (y < image.height_a);
+  x = inside ? x : A(0);
+  y = inside ? y : A(0);
+  a = inside ? a : A(0);
+  int32_t column = static_cast<int32_t>(x), line = static_cast<int32_t>(y);
+  column -= static_cast<A>(column) > x;
+  line -= static_cast<A>(line) > y;
+  x -= static_cast<A>(column);
+  y -= static_cast<A>(line);
+  points.x[i] = x;
+  points.y[i] = y;
+  points.attention[i] = a;
+  const A upper = a * (1 - y), lower = a * y;
+  const int64_t stride = points.stride;
+  points.weight[i] = upper * (1 - x);
+  points.weight[stride + i] = upper * x;
+  points.weight[2 * stride + i] = lower * (1 - x);
+  points.weight[3 * stride + i] = lower * x;
+
+  const uint32_t width = image.width, height = image.height;
+  const bool left = inside & (static_cast<uint32_t>(column) < width);
+  const bool right = inside & (static_cast<uint32_t>(column + 1) < width);
+  const bool top = static_cast<uint32_t>(line) < height;
+  const bool bottom = static_cast<uint32_t>(line + 1) < height;
+  const int32_t pixel = line * image.width + column;
+  const int64_t upper_left = image.first + pixel * step - outside;
+  const int64_t lower_left = upper_left + image.width * step;
+  points.address[i] = outside + (upper_left & -int64_t(top & left));
+  points.address[stride + i] = outside + ((upper_left + step) & -int64_t(top & right));
+  points.address[2 * stride + i] = outside + (lower_left & -int64_t(bottom & left));
+  points.address[3 * stride + i] = outside + ((lower_left + step) & -int64_t(bottom & right));
+}
 
 // Brings `count` numbers to the accumulation type, in `buffer` unless they have it already.
 template <typename C, typename A>
@@ -104,8 +165,8 @@ inline void gather(const Points<A>& points, Run<kVectors> run, T* output) {
   Vec<A> total[2][kRegisters] = {};
   for (int64_t i = 0; i < points.count; ++i) {
     for (int corner = 0; corner < 4; ++corner) {
-      const T* pixel = at<const T>(points.address[corner * points.count + i], run.channel);
-      const Vec<A> weight = broadcast(points.weight[corner * points.count + i]);
+      const T* pixel = at<const T>(points.address[corner * points.stride + i], run.channel);
+      const Vec<A> weight = broadcast(points.weight[corner * points.stride + i]);
       for (int k = 0; k < kRegisters; ++k) total[corner / 2][k] += weight * run.read(pixel, k);
     }
   }
@@ -123,7 +184,7 @@ inline void add_dots(const Points<A>& points, Run<kVectors> run, const T* grad_o
   for (int64_t i = 0; i < points.count; ++i) {
     Vec<A> product[4];
     for (int corner = 0; corner < 4; ++corner) {
-      const T* pixel = at<const T>(points.address[corner * points.count + i], run.channel);
+      const T* pixel = at<const T>(points.address[corner * points.stride + i], run.channel);
       product[corner] = grad[0] * run.read(pixel, 0);
       for (int k = 1; k < kRegisters; ++k) product[corner] += grad[k] * run.read(pixel, k);
     }
@@ -139,8 +200,8 @@ inline void scatter(const Points<A>& points, Run<kVectors> run, const T* grad_ou
   for (int k = 0; k < kRegisters; ++k) grad[k] = run.read(grad_output + run.channel, k);
   for (int64_t i = 0; i < points.count; ++i) {
     for (int corner = 0; corner < 4; ++corner) {
-      A* pixel = at<A>(points.address[corner * points.count + i], run.channel);
-      const Vec<A> weight = broadcast(points.weight[corner * points.count + i]);
+      A* pixel = at<A>(points.address[corner * points.stride + i], run.channel);
+      const Vec<A> weight = broadcast(points.weight[corner * points.stride + i]);
       for (int k = 0; k < kRegisters; ++k) {
         run.write(pixel, k, run.read(static_cast<const A*>(pixel), k) + weight * grad[k]);
       }

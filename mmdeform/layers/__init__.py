@@ -1,5 +1,7 @@
-"""Layers: mmcv's classes, state dicts and arguments on the operators of ``mmdeform.ops``."""
+"""Layers: published classes, state dicts and arguments on the operators of ``mmdeform.ops``."""
 
+from .dcnv3 import DCNv3
+from .dcnv4 import DCNv4
 from .deform_conv2d import (
     DeformConv2d,
     DeformConv2dPack,
@@ -11,6 +13,8 @@ from .ms_deform_attn import MultiScaleDeformableAttention
 from .offset_layers import OffsetConv2d, OffsetLinear
 
 __all__ = [
+    "DCNv3",
+    "DCNv4",
     "DeformConv2d",
     "DeformConv2dPack",
     "DeformRoIPool",

@@ -14,6 +14,7 @@ TYPES = {
     "mmdeform.DCN": layers.DeformConv2dPack,
     "mmdeform.DCNv2": layers.ModulatedDeformConv2dPack,
 }
+DEPTHWISE = {"mmdeform.DCNv3": layers.DCNv3, "mmdeform.DCNv4": layers.DCNv4}
 types = pytest.mark.parametrize("name, cls", TYPES.items(), ids=TYPES)
 
 
@@ -22,7 +23,7 @@ def make_resnet(name: str, **kwargs) -> ResNet:
         depth=50,
         base_channels=8,
         stem_channels=8,
-        dcn=dict(type=name, deform_groups=1, fallback_on_stride=False),
+        dcn=dict(type=name, fallback_on_stride=False),
         stage_with_dcn=(False, True, True, True),
         **kwargs,
     )
@@ -63,6 +64,32 @@ def test_fpn_offsets_stay_zero_through_init_weights(name, cls):
     assert not any(p.any() for layer in offset_layers(model) for p in layer.parameters())
     assert all(m.weight.any() for m in model.modules() if isinstance(m, cls))
     outputs = model((torch.randn(1, 8, 8, 8), torch.randn(1, 16, 4, 4)))
+    assert [tuple(o.shape) for o in outputs] == [(1, 8, 8, 8), (1, 8, 4, 4)]
+
+
+@pytest.mark.parametrize("name, cls", DEPTHWISE.items(), ids=DEPTHWISE)
+def test_resnet_and_fpn_of_depthwise_layers(name, cls):
+    backbone, neck = make_resnet(name, zero_init_residual=False), make_fpn(name)
+    backbone.init_weights()
+    neck.init_weights()
+    convs = [m for m in backbone.modules() if isinstance(m, cls)]
+    assert len(convs) == 13
+    for conv in [*convs, *(m for m in neck.modules() if isinstance(m, cls))]:
+        predictors = [m for m in conv.modules() if isinstance(m, layers.OffsetLinear)]
+        assert len(predictors) == (2 if cls is layers.DCNv3 else 1)
+        assert not any(predictor.weight.any() for predictor in predictors)
+    outputs = backbone(torch.randn(2, 3, 64, 64))
+    assert [tuple(o.shape[1:]) for o in outputs] == [
+        (32, 16, 16),
+        (64, 8, 8),
+        (128, 4, 4),
+        (256, 2, 2),
+    ]
+    sum(o.mean() for o in outputs).backward()
+    for conv in convs:
+        linears = [m for m in conv.modules() if isinstance(m, nn.Linear)]
+        assert len(linears) >= 3 and all(linear.weight.grad.any() for linear in linears)
+    outputs = neck((torch.randn(1, 8, 8, 8), torch.randn(1, 16, 4, 4)))
     assert [tuple(o.shape) for o in outputs] == [(1, 8, 8, 8), (1, 8, 4, 4)]
 
 

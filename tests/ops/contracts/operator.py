@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mmdeform.ops
+from mmdeform.ops._library import accumulation_dtype
 
 Arguments = dict[str, Any]
 
@@ -53,6 +54,7 @@ class Operator:
         name: Name of the public function and of the schema.
         data: Arguments that share the data dtype.
         coordinates: Arguments that have the data dtype or its accumulation dtype.
+        boxes: Arguments that always have the accumulation dtype, and no gradient.
         backward_returns: Arguments whose gradients ``<name>_backward`` returns, in order.
         cases: By id; ``"asymmetric"`` and ``"tiny"`` must be among them, with every optional
             argument present; ``gradcheck`` runs the tiny one once for each of its numbers.
@@ -61,6 +63,7 @@ class Operator:
     name: ClassVar[str]
     data: ClassVar[tuple[str, ...]]
     coordinates: ClassVar[tuple[str, ...]]
+    boxes: ClassVar[tuple[str, ...]] = ()
     backward_returns: ClassVar[tuple[str, ...]]
     cases: ClassVar[dict[str, Case]]
 
@@ -124,10 +127,12 @@ class Operator:
                 value = value.detach().to(device)
             if isinstance(value, Tensor) and value.is_floating_point():
                 dtype = types[0] if key in self.data else types[1]
+                if key in self.boxes:
+                    dtype = accumulation_dtype(types[0])
                 value = (
                     value.to(dtype)
                     .clone(memory_format=torch.contiguous_format)
-                    .requires_grad_(requires_grad)
+                    .requires_grad_(requires_grad and key not in self.boxes)
                 )
             placed[key] = value
         return placed
