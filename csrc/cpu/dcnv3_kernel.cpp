@@ -66,12 +66,13 @@ void locate(const Dcnv3Args& args, int64_t row, A center_x, A center_y, int64_t 
   asm volatile("" : : "r"(x_of), "r"(y_of) : "memory");
   const PointImage<A> image = {rows.base, static_cast<A>(g.width), static_cast<A>(g.height),
                                static_cast<int32_t>(g.width), static_cast<int32_t>(g.height)};
+  const PointWriter<A> writer(points);
 #pragma GCC ivdep
   for (int64_t i = first; i < end; ++i) {
     PointImage<A> group = image;
     group.first += channel[i] * rows.item;
-    set_point(points, i, center_x + x_of[i], center_y + y_of[i], weight[weight_at[i]], group,
-              rows.step, rows.outside);
+    writer.set(i, center_x + x_of[i], center_y + y_of[i], weight[weight_at[i]], group, rows.step,
+               rows.outside);
   }
 }
 

@@ -43,11 +43,12 @@ void locate(const MsDeformAttnArgs& args, int64_t row, int64_t base, int64_t str
   const int32_t* __restrict__ widths = args.width;
   const int32_t* __restrict__ heights = args.height;
   const int64_t* __restrict__ starts = args.start;
+  const PointWriter<A> writer(points);
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const PointImage<A> level = {starts[i] * stride + base, width_a[i], height_a[i], widths[i],
                                  heights[i]};
-    set_point(points, i, x_of[i] - A(0.5), y_of[i] - A(0.5), attention[i], level, stride, outside);
+    writer.set(i, x_of[i] - A(0.5), y_of[i] - A(0.5), attention[i], level, stride, outside);
   }
 }
 

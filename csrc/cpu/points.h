@@ -58,44 +58,60 @@ struct PointImage {
   int32_t width, height;
 };
 
-// Fills the arrays for point i at position (x, y) with attention weight a; pixels are `step` bytes
-// apart, corners outside the image are at `outside`. For a loop that the compiler vectorises.
+// Locates points. A copy of the arrays' addresses for loops that the compiler vectorises: it does
+// not see through the strides of Points.
 template <typename A>
-__attribute__((always_inline)) inline void set_point(const Points<A>& points, int64_t i, A x, A y,
-                                                     A a, const PointImage<A>& image, int64_t step,
-                                                     int64_t outside) {
-  const bool inside = (x > A(-1)) & (x < image.width_a) & (y > A(-1)) & (y < image.height_a);
-  x = inside ? x : A(0);
-  y = inside ? y : A(0);
-  a = inside ? a : A(0);
-  int32_t column = static_cast<int32_t>(x), line = static_cast<int32_t>(y);
-  column -= static_cast<A>(column) > x;
-  line -= static_cast<A>(line) > y;
-  x -= static_cast<A>(column);
-  y -= static_cast<A>(line);
-  points.x[i] = x;
-  points.y[i] = y;
-  points.attention[i] = a;
-  const A upper = a * (1 - y), lower = a * y;
-  const int64_t stride = points.stride;
-  points.weight[i] = upper * (1 - x);
-  points.weight[stride + i] = upper * x;
-  points.weight[2 * stride + i] = lower * (1 - x);
-  points.weight[3 * stride + i] = lower * x;
+struct PointWriter {
+  A *x, *y, *attention;
+  A* weight[4];
+  int64_t* address[4];
 
-  const uint32_t width = image.width, height = image.height;
-  const bool left = inside & (static_cast<uint32_t>(column) < width);
-  const bool right = inside & (static_cast<uint32_t>(column + 1) < width);
-  const bool top = static_cast<uint32_t>(line) < height;
-  const bool bottom = static_cast<uint32_t>(line + 1) < height;
-  const int32_t pixel = line * image.width + column;
-  const int64_t upper_left = image.first + pixel * step - outside;
-  const int64_t lower_left = upper_left + image.width * step;
-  points.address[i] = outside + (upper_left & -int64_t(top & left));
-  points.address[stride + i] = outside + ((upper_left + step) & -int64_t(top & right));
-  points.address[2 * stride + i] = outside + (lower_left & -int64_t(bottom & left));
-  points.address[3 * stride + i] = outside + ((lower_left + step) & -int64_t(bottom & right));
-}
+  explicit PointWriter(const Points<A>& points)
+      : x(points.x), y(points.y), attention(points.attention) {
+    for (int corner = 0; corner < 4; ++corner) {
+      weight[corner] = points.weight + corner * points.stride;
+      address[corner] = points.address + corner * points.stride;
+    }
+  }
+
+  // Fills the arrays for point i at position (x, y) with attention weight a; pixels are `step`
+  // bytes apart, corners outside the image are at `outside`.
+  __attribute__((always_inline)) inline void set(int64_t i, A x_i, A y_i, A a,
+                                                 const PointImage<A>& image, int64_t step,
+                                                 int64_t outside) const {
+    const bool inside =
+        (x_i > A(-1)) & (x_i < image.width_a) & (y_i > A(-1)) & (y_i < image.height_a);
+    x_i = inside ? x_i : A(0);
+    y_i = inside ? y_i : A(0);
+    a = inside ? a : A(0);
+    int32_t column = static_cast<int32_t>(x_i), line = static_cast<int32_t>(y_i);
+    column -= static_cast<A>(column) > x_i;
+    line -= static_cast<A>(line) > y_i;
+    x_i -= static_cast<A>(column);
+    y_i -= static_cast<A>(line);
+    x[i] = x_i;
+    y[i] = y_i;
+    attention[i] = a;
+    const A upper = a * (1 - y_i), lower = a * y_i;
+    weight[0][i] = upper * (1 - x_i);
+    weight[1][i] = upper * x_i;
+    weight[2][i] = lower * (1 - x_i);
+    weight[3][i] = lower * x_i;
+
+    const uint32_t width = image.width, height = image.height;
+    const bool left = inside & (static_cast<uint32_t>(column) < width);
+    const bool right = inside & (static_cast<uint32_t>(column + 1) < width);
+    const bool top = static_cast<uint32_t>(line) < height;
+    const bool bottom = static_cast<uint32_t>(line + 1) < height;
+    const int32_t pixel = line * image.width + column;
+    const int64_t upper_left = image.first + pixel * step - outside;
+    const int64_t lower_left = upper_left + image.width * step;
+    address[0][i] = outside + (upper_left & -int64_t(top & left));
+    address[1][i] = outside + ((upper_left + step) & -int64_t(top & right));
+    address[2][i] = outside + (lower_left & -int64_t(bottom & left));
+    address[3][i] = outside + ((lower_left + step) & -int64_t(bottom & right));
+  }
+};
 
 // Brings `count` numbers to the accumulation type, in `buffer` unless they have it already.
 template <typename C, typename A>
