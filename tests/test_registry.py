@@ -42,6 +42,8 @@ NAMES = {
     "ModulatedDeformConv2d": layers.ModulatedDeformConv2d,
     "DCNv3": layers.DCNv3,
     "DCNv4": layers.DCNv4,
+    "DeformPSRoIPool": layers.DeformPSRoIPool,
+    "DeformPSRoIPoolPack": layers.DeformPSRoIPoolPack,
     "DeformRoIPool": layers.DeformRoIPool,
     "DeformRoIPoolPack": layers.DeformRoIPoolPack,
     "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,

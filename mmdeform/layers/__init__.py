@@ -8,6 +8,7 @@ from .deform_conv2d import (
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
 )
+from .deform_ps_roi_pool import DeformPSRoIPool, DeformPSRoIPoolPack
 from .deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .ms_deform_attn import MultiScaleDeformableAttention
 from .offset_layers import OffsetConv2d, OffsetLinear
@@ -17,6 +18,8 @@ __all__ = [
     "DCNv4",
     "DeformConv2d",
     "DeformConv2dPack",
+    "DeformPSRoIPool",
+    "DeformPSRoIPoolPack",
     "DeformRoIPool",
     "DeformRoIPoolPack",
     "ModulatedDeformConv2d",

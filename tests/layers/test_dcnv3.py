@@ -35,7 +35,12 @@ def expected_output(layer: DCNv3, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(center_feature_scale=True, offset_scale=0.7), dict(dw_kernel_size=(5, 4))],
+    [
+        {},
+        dict(center_feature_scale=True, offset_scale=0.7),
+        dict(dw_kernel_size=(5, 4)),
+        dict(dw_kernel_size=1),
+    ],
     ids=str,
 )
 def test_any_geometry(geometry, options):
@@ -89,6 +94,7 @@ def test_state_dict_is_the_published_modules():
         "center_feature_scale_proj_bias": (4,),
     }
     names = set(DCNv3(64, 64, 3, norm_layer="BN").state_dict())
+    assert layer.dw_conv[1][1].eps == 1e-6
     assert {"dw_conv.1.0.weight", "dw_conv.1.0.running_mean"} <= names
     assert not any(name.startswith("dw_conv.1.1") for name in names)
 

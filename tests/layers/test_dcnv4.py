@@ -38,7 +38,12 @@ def expected_output(layer: DCNv4, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(center_feature_scale=True, offset_scale=0.7), dict(dw_kernel_size=(5, 4))],
+    [
+        {},
+        dict(center_feature_scale=True, offset_scale=0.7),
+        dict(dw_kernel_size=(5, 4)),
+        dict(dw_kernel_size=1),
+    ],
     ids=str,
 )
 def test_any_geometry(geometry, options):

@@ -51,3 +51,53 @@ def test_ms_deform_attn():
     result = get_model_complexity_info(Attention(), inputs=(torch.randn(1, 16, 32),))
     assert result["flops"] == linear + samples * 8 * 5
     assert result["activations"] == 5 * 4 * 2 * 3 * 3 + 16 * 32 + 5 * 32 + 5 * 32
+
+
+@pytest.mark.parametrize("remove_center", [False, True])
+@pytest.mark.parametrize("version", ["v3", "v4"])
+def test_depthwise_layers(version, remove_center):
+    cls = layers.DCNv3 if version == "v3" else layers.DCNv4
+    layer = cls(16, 12, 3, stride=2, padding=1, group=2, remove_center=remove_center)
+    x = torch.randn(1, 16, 7, 9)
+    pixels, taps = 4 * 5, 8 if remove_center else 9
+    channels = 3 * 2 * taps if version == "v3" else (3 * 2 * taps + 7) // 8 * 8
+    expected = {
+        "linear": 7 * 9 * 16 * 16 + pixels * 16 * channels + pixels * 16 * 12,
+        f"dcn{version}": pixels * 16 * taps * 5,  # bilinear, and the weight
+    }
+    if version == "v3":
+        expected |= {"conv": pixels * 16 * 9, "layer_norm": pixels * 16 * 5}
+    counts = FlopAnalyzer(layer, x).by_operator()
+    assert {name: count for name, count in counts.items() if count} == expected
+    assert get_model_complexity_info(layer, (16, 7, 9))["flops"] == sum(expected.values())
+
+
+@pytest.mark.parametrize("head", ["mmcv", "paper"])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_deform_roi_pool(version, head):
+    cls = layers.DeformRoIPoolPack if version == "v1" else layers.ModulatedDeformRoIPoolPack
+    layer = cls((3, 2), 4, deform_fc_channels=5, sampling_ratio=2, head=head)
+    rois = torch.tensor([[0.0, 1, 1, 5, 5]] * 7)
+    widths = {  # of the fully connected layers
+        "v1 mmcv": [(24, 5), (5, 5), (5, 12)],
+        "v1 paper": [(24, 12)],
+        "v2 mmcv": [(24, 5), (5, 5), (5, 12), (24, 5), (5, 6)],
+        "v2 paper": [(24, 5), (5, 5), (5, 18)],
+    }[f"{version} {head}"]
+    values = 7 * 4 * 6
+    # Each sample is bilinear; every value is divided, and multiplied by the mask, which are half a
+    # multiply-add each.
+    first, second = values * 4 * 4 + values // 2, values * 4 * 4 + values // 2
+    second += values // 2 if version == "v2" else 0
+    counts = FlopAnalyzer(layer, (torch.randn(1, 4, 9, 9), rois)).by_operator()
+    assert counts["linear"] == 7 * sum(a * b for a, b in widths)
+    assert counts["deform_roi_pool"] == first + second
+
+
+def test_deform_ps_roi_pool():
+    layer = layers.DeformPSRoIPoolPack(5, 3, 1.0, 4, num_classes=2, sample_per_part=2)
+    rois = torch.tensor([[0.0, 1, 1, 5, 5]] * 7)
+    tensors = (torch.randn(1, 4 * 9, 8, 8), rois, torch.randn(1, 5, 8, 8))
+    counts = FlopAnalyzer(layer, tensors).by_operator()
+    values = 7 * 4 * 9  # of offsets and of scores: twice two channels, and four
+    assert counts == {"conv": 64 * 5 * 36, "deform_ps_roi_pool": 2 * (values * 4 * 4 + values // 2)}

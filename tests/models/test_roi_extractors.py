@@ -152,14 +152,21 @@ class RecordsDtype(nn.Module):
         return feat.new_zeros(len(rois), 4, 1, 1)
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        dict(type="mmdeform.DeformRoIPool", output_size=1, sampling_ratio=2),
+        dict(type="mmdeform.DeformPSRoIPool", output_size=1, output_channels=4),
+    ],
+    ids=lambda pool: pool["type"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_deformable_layers_get_rois_in_fp32(dtype):
+def test_deformable_layers_get_rois_in_fp32(dtype, pool):
     """And the others in the dtype of the features, without which mmcv's do not work."""
     rois = torch.tensor([[0, 1301.3, 0.0, 1307.9, 3.0]])
     ramp = torch.zeros(1, 4, 4, 1334)
     ramp[..., 1296:] = torch.arange(38.0)
     config = dict(out_channels=4, featmap_strides=[1])
-    pool = dict(type="mmdeform.DeformRoIPool", output_size=1, sampling_ratio=2)
     model = models.SingleRoIExtractor(roi_layer=pool, **config)
     output = model([ramp.to(dtype)], rois)
     assert output.dtype == dtype

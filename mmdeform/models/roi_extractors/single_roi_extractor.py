@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor as MMDetSingleRoIExtractor
 from torch import Tensor
 
-from mmdeform.layers import DeformRoIPool
+from mmdeform.layers import DeformPSRoIPool, DeformRoIPool
 from mmdeform.registry import MODELS
 
 from .base import RegistryRoILayers, keep_graph
@@ -52,6 +52,8 @@ class SingleRoIExtractor(RegistryRoILayers, MMDetSingleRoIExtractor):
             if chosen.numel() == 0:  # mmcv's layers do not take that everywhere
                 roi_feats = keep_graph(roi_feats, [feat], layer.parameters())
                 continue
-            own = rois[chosen] if isinstance(layer, DeformRoIPool) else rois[chosen].type_as(feat)
+            own = rois[chosen]
+            if not isinstance(layer, (DeformRoIPool, DeformPSRoIPool)):
+                own = own.type_as(feat)
             roi_feats[chosen] = layer(feat, own).type_as(roi_feats)
         return roi_feats
