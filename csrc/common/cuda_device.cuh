@@ -53,18 +53,27 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T, kCount>
   *reinterpret_cast<Vector<T, kCount>*>(address) = vector;
 }
 
+// Address of corner k; meaningful only where its bit is set. Sums of products that the corners
+// share: the product with each corner's pixel would cost four.
+template <typename T, typename A>
+__device__ __forceinline__ T* corner_address(T* image, int pixel_stride,
+                                             const BilinearPoint<A>& point, int W, int k) {
+  T* row = image + static_cast<int64_t>(point.pixel) * pixel_stride;
+  if (k & 2) row += static_cast<int64_t>(W) * pixel_stride;
+  return k & 1 ? row + pixel_stride : row;
+}
+
 // Channels of the four corners of a point, zero where a corner lies outside. Not left to a zero
 // weight: an infinity read there would become NaN. All loads are issued before any is used.
 template <int kCount, typename T, typename A>
-__device__ __forceinline__ void load_corners(const T* image, int64_t pixel_stride,
+__device__ __forceinline__ void load_corners(const T* image, int pixel_stride,
                                              const BilinearPoint<A>& point, int W,
                                              Vector<T, kCount> (&corners)[4]) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     corners[k] = {};
-    if (has_corner(point, k)) {
-      corners[k] = load_vector<kCount>(image + corner_pixel(point, W, k) * pixel_stride);
-    }
+    const T* address = corner_address(image, pixel_stride, point, W, k);
+    if (has_corner(point, k)) corners[k] = load_vector<kCount>(address);
   }
 }
 
