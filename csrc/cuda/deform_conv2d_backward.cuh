@@ -24,7 +24,7 @@ struct DeformConv2dPointGradient {
 // Works on kVector channels of a sample: turns the gradient of its columns into the columns, adds
 // the gradient of the input and the products of the gradient with the four corners.
 template <int kVector, typename T, typename A>
-__device__ __forceinline__ void backward_channels(const T* image, A* grad_image, int64_t stride,
+__device__ __forceinline__ void backward_channels(const T* image, A* grad_image, int stride,
                                                   const DeformConv2dSample<A>& sample, int W,
                                                   T* column, A dot[4]) {
   Vector<T, kVector> corners[4];
@@ -43,7 +43,8 @@ __device__ __forceinline__ void backward_channels(const T* image, A* grad_image,
       grad_corner[i] = weight * grad;
     }
     if (grad_image != nullptr && has_corner(sample.at, k)) {
-      reduce_add(grad_image + corner_pixel(sample.at, W, k) * stride, grad_corner);
+      reduce_add(grad_image + static_cast<int64_t>(stride) * corner_pixel(sample.at, W, k),
+                 grad_corner);
     }
   }
 #pragma unroll
