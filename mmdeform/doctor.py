@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -225,34 +226,71 @@ def _has_kernel(name: str, device: torch.device) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"mmdeform::{name}", key)
 
 
-def _check_operators(report: Report, device: torch.device) -> None:
-    """Runs each operator on random numbers and compares it with its reference on the CPU."""
+def _operator_cases() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Arguments of each operator on the CPU, and what its reference needs beside them."""
     random = torch.Generator().manual_seed(0)
-    x, weight, offset, mask = (
-        torch.randn(shape, generator=random)
-        for shape in ((2, 16, 7, 9), (8, 16, 3, 3), (2, 18, 7, 9), (2, 9, 7, 9))
-    )
-    conv = ([1, 1], [1, 1], [1, 1])
-    value, locations, weights = (
-        torch.rand(shape, generator=random)
-        for shape in ((2, 26, 2, 8), (2, 5, 2, 2, 3, 2), (2, 5, 2, 2, 3))
-    )
-    shapes, starts = torch.tensor([[4, 5], [2, 3]]), torch.tensor([0, 20])
-    cases = {
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=random)
+
+    conv = dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1])
+    depthwise = dict(conv, kernel_size=[3, 3], groups=2, offset_scale=1.5, remove_center=False)
+    rois = torch.tensor([[0.0, 1.5, 2.0, 11.0, 9.5], [1.0, 0.0, 0.0, 15.0, 13.0]])
+    pooling = dict(rois=rois, output_size=[3, 2], spatial_scale=0.5)
+    return {
         "deform_conv2d": (
-            lambda *tensors: ops.deform_conv2d(*tensors[:3], None, *conv, mask=tensors[3]),
-            (x, offset, weight, mask),
-            ops.deform_conv2d_reference(x, offset, mask, weight, None, *conv, 1, 1),
+            dict(
+                input=rand(2, 16, 7, 9), offset=rand(2, 18, 7, 9) * 4 - 2, mask=rand(2, 9, 7, 9),
+                weight=rand(8, 16, 3, 3), bias=None, **conv,
+            ),
+            dict(groups=1, deform_groups=1),
         ),
         "ms_deform_attn": (
-            ops.ms_deform_attn,
-            (value, shapes, starts, locations, weights),
-            ops.ms_deform_attn_reference(value, shapes, starts, locations, weights),
+            dict(
+                value=rand(2, 26, 2, 8), spatial_shapes=torch.tensor([[4, 5], [2, 3]]),
+                level_start_index=torch.tensor([0, 20]),
+                sampling_locations=rand(2, 5, 2, 2, 3, 2), attention_weights=rand(2, 5, 2, 2, 3),
+            ),
+            {},
         ),
-    }
-    for name, (operator, tensors, expected) in cases.items():
+        "deform_roi_pool": (
+            dict(
+                input=rand(2, 16, 7, 9), offset=rand(2, 2, 3, 2), mask=rand(2, 3, 2),
+                sampling_ratio=0, gamma=0.3, **pooling,
+            ),
+            {},
+        ),
+        "deform_ps_roi_pool": (
+            dict(
+                input=rand(2, 4 * 4, 7, 9), offset=rand(2, 4, 3, 3), output_dim=4, group_size=2,
+                part_size=3, sample_per_part=2, trans_std=0.3, **pooling,
+            ),
+            {},
+        ),
+        "dcnv3": (
+            dict(
+                input=rand(2, 7, 9, 16), offset=rand(2, 7, 9, 36) * 4 - 2, mask=rand(2, 7, 9, 18),
+                **depthwise,
+            ),
+            {},
+        ),
+        "dcnv4": (
+            dict(input=rand(2, 7, 9, 16), offset_mask=rand(2, 7, 9, 56) * 4 - 2, **depthwise),
+            {},
+        ),
+    }  # fmt: skip
+
+
+def _check_operators(report: Report, device: torch.device) -> None:
+    """Runs each operator on random numbers and compares it with its reference on the CPU."""
+    for name, (arguments, more) in _operator_cases().items():
+        expected = getattr(ops, f"{name}_reference")(**arguments, **more)
+        moved = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in arguments.items()
+        }
         try:
-            error = (operator(*(t.to(device) for t in tensors)).cpu() - expected).abs().max().item()
+            error = (getattr(ops, name)(**moved).cpu() - expected).abs().max().item()
             outcome = "right" if error < 1e-4 else f"off by {error:.3g}"
         except RuntimeError as exception:
             outcome = f"fails: {exception}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdeform import doctor
+from mmdeform import doctor, ops
 from mmdeform.ops import _library
 from mmdeform.ops._library import LibraryStatus
 
@@ -112,7 +112,15 @@ def test_runs_on(archs, device, runs):
     assert doctor._runs_on(archs, device) is runs
 
 
-@pytest.mark.parametrize("name", ["deform_conv2d", "ms_deform_attn"])
+OPERATORS = [name.removesuffix("_reference") for name in ops.__all__ if "_reference" in name]
+
+
+def test_every_operator_is_checked():
+    cases = doctor._operator_cases()
+    assert len(OPERATORS) >= 6 and set(cases) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_wrong_operator(healthy, monkeypatch, name):
     right = getattr(doctor.ops, name)
     monkeypatch.setattr(doctor.ops, name, lambda *a, **k: right(*a, **k) + 0.5)
@@ -122,7 +130,7 @@ def test_wrong_operator(healthy, monkeypatch, name):
 
 
 def test_library_without_a_kernel(healthy, monkeypatch):
-    monkeypatch.setattr(doctor, "_has_kernel", lambda name, device: name == "ms_deform_attn")
+    monkeypatch.setattr(doctor, "_has_kernel", lambda name, device: name != "deform_conv2d")
     assert the_problem().text == "the cpu library is older than deform_conv2d: it has no kernel"
     assert ("deform_conv2d on cpu", "right (reference)") in doctor.diagnose().rows
     assert ("ms_deform_attn on cpu", "right (kernel)") in doctor.diagnose().rows

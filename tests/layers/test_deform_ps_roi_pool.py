@@ -50,14 +50,14 @@ def test_each_bin_reads_its_own_channels():
 @pytest.mark.parametrize("part_size", [None, 2])
 def test_offsets_are_pooled_maps_of_a_convolution(part_size, num_classes):
     scores, rois, features = tensors()
-    layer = make_pack(num_classes=num_classes, part_size=part_size)
+    layer = make_pack(num_classes=num_classes, part_size=part_size, sample_per_part=3)
     parts = part_size or 3
     offset = layer.predict_offset(features, rois)
     assert offset.shape == (2, 2 * num_classes, parts, parts)
     maps = layer.conv_offset(features)  # channels: class, (x, y), cell
-    pool = DeformPSRoIPool(parts, 0.5, 2 * num_classes)
+    pool = DeformPSRoIPool(parts, 0.5, 2 * num_classes, sample_per_part=3)
     torch.testing.assert_close(offset, pool(maps, rois))
-    plain = DeformPSRoIPool(**CONFIG, part_size=part_size)
+    plain = DeformPSRoIPool(**CONFIG, part_size=part_size, sample_per_part=3)
     assert torch.equal(layer(scores, rois, features), plain(scores, rois, offset))
 
 
