@@ -47,9 +47,13 @@ def test_operators(library: Path, seed: int) -> None:
 REPEATABILITY = """
 import os
 import torch
-from tests.ops import test_dcnv3, test_dcnv4, test_deform_conv2d, test_ms_deform_attn
+from tests.ops import (
+    test_dcnv3, test_dcnv4, test_deform_conv2d, test_deform_ps_roi_pool, test_deform_roi_pool,
+    test_ms_deform_attn,
+)
 
-for module in (test_deform_conv2d, test_ms_deform_attn, test_dcnv3, test_dcnv4):
+for module in (test_deform_conv2d, test_ms_deform_attn, test_dcnv3, test_dcnv4,
+               test_deform_roi_pool, test_deform_ps_roi_pool):
     contract = module.TestContract
     torch.manual_seed(0)
     arguments = {
@@ -79,4 +83,4 @@ def test_deterministic_gradients_do_not_depend_on_the_order(library: Path) -> No
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["False", "True"] * 4
+    assert result.stdout.split() == ["False", "True"] * 6
