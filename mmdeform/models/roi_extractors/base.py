@@ -1,6 +1,7 @@
 """What the RoI extractors add to mmdet's."""
 
 import inspect
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,7 +60,5 @@ def keep_graph(roi_feats: Tensor, *used: Iterable[Tensor]) -> Tensor:
     all the same, of zero: training on several devices waits for it. The sum of no elements is zero
     even where a tensor holds infinities.
     """
-    for tensors in used:
-        for tensor in tensors:
-            roi_feats = roi_feats + tensor[None][:0].sum().to(roi_feats.dtype)
-    return roi_feats
+    nothing = sum(tensor[None][:0].sum().to(roi_feats.dtype) for tensor in itertools.chain(*used))
+    return roi_feats + nothing
