@@ -209,8 +209,8 @@ class ModulatedDeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.ModulatedDefor
         deform_fc_channels: Channels of the hidden layers. Default: 1024.
         spatial_scale: Size of the feature map relative to the image: 1 / stride. Default: 1.0.
         sampling_ratio: Samples per bin and axis; 0 takes about one per pixel. Default: 0.
-        gamma: Offset of 1, as a fraction of the RoI's width or height. The second paper names none,
-            which is a gamma of 1; its implementations keep the first one's. Default: 0.1.
+        gamma: Offset of 1, as a fraction of the RoI's width or height. Default: 0.1, the first
+            paper's and mmcv's.
         head: 'mmcv' or 'paper'. Default: 'mmcv'.
 
     Raises:
