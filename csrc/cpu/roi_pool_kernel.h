@@ -287,6 +287,12 @@ template <typename Rule, typename T, typename C, typename A = Accumulation<T>>
 void backward_input(const RoiPoolArgs<T, C>& args, const RoiPoolTask& task, const A* gradients,
                     void* tables, A* sums, T* grad_image) {
   const RoiPoolGeometry& g = args.geometry;
+  T* planes = grad_image + (task.channel * g.cells() + task.cell) * g.pixels();
+  if (task.roi_count == 0) {
+    for (int64_t c = 0; c < task.channels; ++c)
+      __builtin_memset(planes + c * g.cells() * g.pixels(), 0, g.pixels() * sizeof(T));
+    return;
+  }
   for (int64_t i = 0; i < g.pixels() * task.channels; ++i) sums[i] = 0;
   for (int64_t i = 0; i < task.roi_count; ++i) {
     RoiBins<Rule, T, C> bins(args, task.rois[i], tables);
@@ -307,8 +313,7 @@ void backward_input(const RoiPoolArgs<T, C>& args, const RoiPoolTask& task, cons
       }
     }
   }
-  rows_to_planes<T>(sums, task.channels, task.channels, g.pixels(), nullptr,
-                    grad_image + (task.channel * g.cells() + task.cell) * g.pixels(),
+  rows_to_planes<T>(sums, task.channels, task.channels, g.pixels(), nullptr, planes,
                     g.cells() * g.pixels());
 }
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdeform.ops import deform_conv2d, ms_deform_attn
+from mmdeform.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ms_deform_attn
 
 BF16 = torch.bfloat16
 LIMIT = 2**31
@@ -138,6 +138,62 @@ class TestMoreThan31Bits:
         assert_equal((actual[:, last],), (expected,))
         assert not actual[:, : 2**24].any()
 
+    def test_deform_roi_pool_images(self, kernel_device: str) -> None:
+        """All RoIs lie in the last image, which begins at element 2**31."""
+        require_memory(kernel_device, 12)
+        input = zeros(129, 64, 512, 512, device=kernel_device)
+        input[128] = torch.randn(64, 512, 512, device=kernel_device)
+        corners = 450 * torch.rand(7, 2, device=kernel_device)
+        rois = torch.cat([corners, corners + 60], 1)
+        offset = torch.randn(7, 2, 3, 3, device=kernel_device).requires_grad_()
+        grad_output = torch.randn(7, 64, 3, 3, device=kernel_device).to(BF16)
+
+        def pool(image: int, input: Tensor) -> tuple[Tensor, ...]:
+            indexed = torch.nn.functional.pad(rois, (1, 0), value=image)
+            output = deform_roi_pool(input, indexed, offset, 3, sampling_ratio=2)
+            return gradients(output, grad_output, input, offset)
+
+        output, grad_input, grad_offset = pool(128, input.requires_grad_())
+        expected = pool(0, input.detach()[128:].clone().requires_grad_())
+        assert all(tensor.abs().max() > 0.5 for tensor in expected)
+        assert_equal((output, grad_input[128:], grad_offset), expected)
+        assert not grad_input[::16][:8].any()
+
+    def test_deform_roi_pool_channels(self, kernel_device: str) -> None:
+        require_memory(kernel_device, 16)
+        input = zeros(1, 2049, 1024, 1024, device=kernel_device)
+        input[:, 2048:] = torch.randn(1024, 1024, device=kernel_device)
+        rois = torch.tensor([[0.0, 700, 900, 800, 1020]], device=kernel_device)
+        actual = deform_roi_pool(input, rois, None, 7, sampling_ratio=2)
+        expected = deform_roi_pool(input[:, 2048:], rois, None, 7, sampling_ratio=2)
+        assert expected.abs().max() > 0.5
+        assert_equal((actual[:, 2048:],), (expected,))
+        assert not actual[:, :2048].any()
+
+    def test_deform_ps_roi_pool_channels(self, kernel_device: str) -> None:
+        """The last cell of the last class."""
+        require_memory(kernel_device, 16)
+        input = zeros(1, 513 * 4, 1024, 1024, device=kernel_device)
+        input[:, -1] = torch.randn(1024, 1024, device=kernel_device)
+        rois = torch.tensor([[0.0, 700, 900, 800, 1020]], device=kernel_device)
+        actual = deform_ps_roi_pool(input, rois, None, 2, 1.0, 513, 2, 2, 4, 0.1)
+        expected = deform_ps_roi_pool(input[:, -4:], rois, None, 2, 1.0, 1, 2, 2, 4, 0.1)
+        assert expected.abs().max() > 0.1
+        assert_equal((actual[:, 512:],), (expected,))
+        assert not actual[:, :512].any()
+
+    def test_deform_roi_pool_rois(self, kernel_device: str) -> None:
+        require_memory(kernel_device, 10)
+        count = 2**17
+        input = torch.randn(1, 257, 3, 4, device=kernel_device).to(BF16)
+        rois = torch.tensor([[0.0, -1, -2, 5, 6]], device=kernel_device).repeat(count, 1)
+        rois[-9:, 1:] = torch.tensor([0.0, 1, 3, 3], device=kernel_device)
+        actual = deform_roi_pool(input, rois, None, 8, sampling_ratio=1)
+        assert actual.numel() > LIMIT
+        expected = deform_roi_pool(input, rois[-10:], None, 8, sampling_ratio=1)
+        assert expected.abs().max() > 0.5
+        assert_equal((actual[-10:],), (expected,))
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -200,3 +256,33 @@ class TestMoreThan65535:
         wanted = torch.autograd.grad(expected.flatten(2), (value, weights), grad_output)
         for one, other in zip(actual, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+    @pytest.mark.parametrize(
+        ("images", "rois", "channels", "bins"),
+        [(65_537, 65_537, 1, (1, 1)), (1, 1, 65_537, (1, 1)), (1, 2, 1, (65_537, 1)),
+         (1, 2, 1, (1, 65_537))],
+        ids=["rois", "channels", "rows-of-bins", "columns-of-bins"],
+    )  # fmt: skip
+    @pytest.mark.parametrize("name", ["deform_roi_pool", "deform_ps_roi_pool"])
+    def test_roi_pool(
+        self, name: str, images: int, rois: int, channels: int, bins: tuple, kernel_device: str
+    ) -> None:
+        """Every bin looks at the one pixel there is."""
+        input = torch.randn(images, channels, 1, 1, device=kernel_device).requires_grad_()
+        boxes = torch.zeros(rois, 5, device=kernel_device)
+        boxes[:, 0] = torch.arange(rois, device=kernel_device) % images
+        boxes[:, 3:] = 0 if name == "deform_ps_roi_pool" else 1
+        if name == "deform_roi_pool":
+            offset = torch.zeros(rois, 2, *bins, device=kernel_device).requires_grad_()
+            output = deform_roi_pool(input, boxes, offset, bins, sampling_ratio=1)
+        else:
+            offset = torch.zeros(rois, 2, 1, 1, device=kernel_device).requires_grad_()
+            output = deform_ps_roi_pool(input, boxes, offset, bins, 1.0, channels, 1, 1, 1, 0.1)
+        assert torch.equal(output, input[boxes[:, 0].long()].expand_as(output))
+        grad_output = torch.randn_like(output)
+        grad_input, grad_offset = torch.autograd.grad(output, (input, offset), grad_output)
+        expected = torch.zeros_like(input).index_add_(
+            0, boxes[:, 0].long(), grad_output.sum((2, 3), keepdim=True)
+        )
+        torch.testing.assert_close(grad_input, expected, rtol=1e-3, atol=1e-2)
+        assert not grad_offset.any()
