@@ -17,9 +17,7 @@ namespace mmdeform {
 struct Dcnv3Taps {
   const void* x;           // A, the tap's distance from the kernel's centre in pixels
   const void* y;           // A
-  const int32_t* offset;   // where a row of offsets has the point's (x, y)
-  const int32_t* weight;   // where a row of weights has its weight
-  const int64_t* channel;  // first channel of its group
+  const int64_t* channel;  // first channel of the point's group
 };
 
 constexpr int64_t kPointBlock = 16;
@@ -32,12 +30,12 @@ struct Dcnv3Args {
   const void* input;          // T [N, H * W, C], channels adjacent
   int64_t input_image_bytes;  // strides of input
   int64_t input_pixel_bytes;
-  // Rows of C, one for each output pixel of each image. DCNv4 has both in one row: its weights are
-  // its offsets, and a row of weights counts as empty.
+  // C, a row for each output pixel of each image: of DCNv3 offsets [G * K, 2] and weights [G * K];
+  // of DCNv4, where `weight` is null, both, [G, 3 * K], and what fills up `offset_row` numbers.
   const void* offset;
   const void* weight;
-  int64_t offset_row, weight_row;  // their lengths
-  const void* zeros;               // T [C / G]: what lies outside every image
+  int64_t offset_row;
+  const void* zeros;  // T [C / G]: what lies outside every image
 
   void* output = nullptr;             // T [N, Ho * Wo, C]
   const void* grad_output = nullptr;  // T [N, Ho * Wo, C]
@@ -63,9 +61,7 @@ struct Dcnv3Kernels {
 };
 
 // Words of int64_t that each kernel needs as scratch memory.
-inline int64_t dcnv3_scratch(int64_t points, int64_t offset_row, int64_t weight_row) {
-  return 18 * (points + 2 * kPointBlock) + offset_row + weight_row;
-}
+inline int64_t dcnv3_scratch(int64_t points) { return 22 * (points + 3 * kPointBlock); }
 
 // One table for each pair of T and C.
 struct Dcnv3Table {

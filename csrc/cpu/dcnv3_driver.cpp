@@ -47,7 +47,6 @@ struct Call {
   Tensor input, offset;
   std::optional<Tensor> mask;
   std::vector<double> tap_positions;  // x and y as A
-  std::vector<int32_t> places;        // of offsets and of weights in their rows
   std::vector<int64_t> channels;
   std::vector<int64_t> zeros;
   Dcnv3Args args;
@@ -66,11 +65,9 @@ struct Call {
     args.offset = offset.const_data_ptr();
     args.offset_row = offset.size(3);
     args.weight = nullptr;
-    args.weight_row = 0;
     if (points.mask.has_value()) {
       mask = torch::stable::contiguous(*points.mask);
       args.weight = mask->const_data_ptr();
-      args.weight_row = mask->size(3);
     }
     args.zeros = zeros.data();
     if (accumulation == ScalarType::Double) {
@@ -83,28 +80,22 @@ struct Call {
 
   template <typename A>
   void set_taps() {
-    const int64_t taps = g.taps(), size = divide_up(args.points, kPointBlock) * kPointBlock;
+    const int64_t size = divide_up(args.points, kPointBlock) * kPointBlock;
     tap_positions.resize(2 * size);
-    places.resize(2 * size);
     channels.resize(size);
     A* x = reinterpret_cast<A*>(tap_positions.data());
     A* y = x + size;
-    int32_t* offset_at = places.data();
-    int32_t* weight_at = offset_at + size;
     int64_t i = 0;
     for (int64_t group = 0; group < g.groups; ++group) {
       for (int64_t tap = 0; tap < g.kernel_h * g.kernel_w; ++tap) {
         if (g.remove_center && tap == g.kernel_h * g.kernel_w / 2) continue;
-        const int64_t within = i - group * taps;
         x[i] = static_cast<A>(tap / g.kernel_h * g.dilation_w - g.center_w());
         y[i] = static_cast<A>(tap % g.kernel_h * g.dilation_h - g.center_h());
-        offset_at[i] = mask.has_value() ? 2 * i : 3 * group * taps + 2 * within;
-        weight_at[i] = mask.has_value() ? i : 3 * group * taps + 2 * taps + within;
         channels[i] = group * g.group_channels;
         ++i;
       }
     }
-    args.taps = {x, y, offset_at, weight_at, channels.data()};
+    args.taps = {x, y, channels.data()};
   }
 
   // Calls function(begin, end, scratch) in parallel for ranges of [0, count), each of which takes
@@ -113,7 +104,7 @@ struct Call {
   void parallel(int64_t count, int64_t cost, const F& function) const {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> scratch(dcnv3_scratch(args.points, args.offset_row, args.weight_row));
+      std::vector<int64_t> scratch(dcnv3_scratch(args.points));
       function(begin, end, scratch.data());
     });
   }

@@ -114,18 +114,7 @@ inline A sum(Vec<A> v) {
 template <typename T>
 inline Vec<Accumulation<T>> load_first(const T* from, int64_t count) {
   T buffer[kLanes<Accumulation<T>>] = {};
-#if defined(__AVX512F__)
-  const unsigned mask = (1u << count) - 1;
-  if constexpr (sizeof(T) == 2) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(mask, from));
-  } else if constexpr (sizeof(T) == 4) {
-    _mm512_storeu_ps(buffer, _mm512_maskz_loadu_ps(mask, from));
-  } else {
-    _mm512_storeu_pd(buffer, _mm512_maskz_loadu_pd(mask, from));
-  }
-#else
   for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
-#endif
   return load(buffer);
 }
 
@@ -135,6 +124,34 @@ inline void store_first(T* to, Vec<Accumulation<T>> from, int64_t count) {
   store(buffer, from);
   for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
 }
+
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> load_first(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+template <>
+inline Vec<double> load_first(const double* from, int64_t count) {
+  return _mm512_maskz_loadu_pd((1u << count) - 1, from);
+}
+template <>
+inline Vec<float> load_first(const Half* from, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, from));
+}
+template <>
+inline Vec<float> load_first(const BFloat16* from, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16((1u << count) - 1, from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+template <>
+inline void store_first(float* to, Vec<float> from, int64_t count) {
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, from);
+}
+template <>
+inline void store_first(double* to, Vec<double> from, int64_t count) {
+  _mm512_mask_storeu_pd(to, (1u << count) - 1, from);
+}
+#endif
 
 // totals[j] += sum(v[j]).
 inline void add_sums(const Vec<double> (&v)[4], double* totals) {
