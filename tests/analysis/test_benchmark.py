@@ -13,6 +13,7 @@ pytest.importorskip("mmengine")  # of mmdeform.analysis
 
 from mmdeform.analysis import benchmark
 from mmdeform.analysis.benchmark import check, measure
+from mmdeform.analysis.benchmark.dcnv3 import depthwise_conv2d
 from mmdeform.analysis.benchmark.deform_conv2d import grid_sample_composition
 from mmdeform.analysis.benchmark.deform_conv2d import make_case as make_conv_case
 
@@ -151,3 +152,15 @@ def test_conv2d_is_the_yardstick_of_the_same_shape() -> None:
     torch.testing.assert_close(
         conv.load("cpu")(**inputs), F.conv2d(inputs["input"], inputs["weight"], stride=2, padding=1)
     )
+
+
+def test_depthwise_convolution_is_the_yardstick_of_dcn() -> None:
+    operators = [benchmark.OPERATORS[name] for name in ("dcnv3", "dcnv4")]
+    inputs = operators[0].cases[3].make(1, torch.Generator().manual_seed(0))
+    input = inputs["input"]
+    assert input.shape == (1, 7, 7, 512)
+    sums = F.avg_pool2d(input.permute(0, 3, 1, 2), 3, 1, 1, divisor_override=1)
+    torch.testing.assert_close(depthwise_conv2d(**inputs), sums.permute(0, 2, 3, 1))
+    for operator in operators:
+        peer = next(peer for peer in operator.peers if peer.name == "F.conv2d")
+        assert not peer.same_function

@@ -20,6 +20,8 @@ from rich.console import Console
 from mmdeform.analysis import benchmark
 from mmdeform.analysis.benchmark import Operator, Peer, Settings, check, measure, runner
 from mmdeform.analysis.benchmark.case import Absent
+from mmdeform.analysis.benchmark.dcnv3 import make_case as make_dcnv3_case
+from mmdeform.analysis.benchmark.dcnv4 import make_case as make_dcnv4_case
 from mmdeform.analysis.benchmark.deform_conv2d import make_case as make_conv_case
 from mmdeform.analysis.benchmark.deform_ps_roi_pool import make_case as make_ps_roi_case
 from mmdeform.analysis.benchmark.deform_roi_pool import make_case as make_roi_case
@@ -29,6 +31,14 @@ from mmdeform.analysis.benchmark.ms_deform_attn import make_case as make_attenti
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_ops.py"
 BATCHES = {"cpu": (2,), "cuda": (2,)}
 TINY = {
+    "dcnv3": (
+        make_dcnv3_case("groups", 6, 12, group_channels=4, batches=BATCHES),
+        make_dcnv3_case("one-group", 5, 8, group_channels=8, batches=BATCHES),
+    ),
+    "dcnv4": (
+        make_dcnv4_case("groups", 6, 12, group_channels=4, batches=BATCHES),
+        make_dcnv4_case("one-group", 5, 8, group_channels=8, batches=BATCHES),
+    ),
     "deform_conv2d": (
         make_conv_case("v2", 8, 6, 9, deform_groups=2, dilation=2, batches=BATCHES),
         make_conv_case("v1", 8, 6, 9, modulated=False, stride=2, batches=BATCHES),
@@ -53,6 +63,8 @@ TINY = {
 GRADIENTS = [
     (name, field)
     for name, fields in {
+        "dcnv3": ("output", "input", "offset", "mask"),
+        "dcnv4": ("output", "input", "offset_mask"),
         "deform_conv2d": ("output", "input", "offset", "mask", "weight"),
         "deform_ps_roi_pool": ("output", "input", "offset"),
         "deform_roi_pool": ("output", "input", "offset", "mask"),
@@ -209,8 +221,10 @@ def ps_roi_positions(
 @pytest.mark.parametrize("name", TINY)
 def test_samples_stay_off_integers(operators: dict[str, Operator], name: str) -> None:
     inputs = operators[name].cases[0].make(1, torch.Generator().manual_seed(0))
-    if name == "deform_conv2d":
+    if name in ("dcnv3", "deform_conv2d"):
         positions = inputs["offset"]
+    elif name == "dcnv4":
+        positions = inputs["offset_mask"][..., :81].unflatten(3, (3, 27))[..., :18]
     elif name == "deform_roi_pool":
         positions = roi_positions(**inputs)
     elif name == "deform_ps_roi_pool":
@@ -224,8 +238,15 @@ def test_samples_stay_off_integers(operators: dict[str, Operator], name: str) ->
 
 
 def test_samples_are_counted(operators: dict[str, Operator]) -> None:
-    # 2 images, 8 channels, 9 taps, 6 x 9 outputs; 2 images, 5 queries, 2 heads, 2 x 4 points of 8.
-    expected = {("deform_conv2d", 0): 2 * 8 * 9 * 54, ("ms_deform_attn", 1): 2 * 5 * 2 * 8 * 8}
+    expected = {
+        # 2 images, 8 channels, 9 taps, 6 x 9 outputs
+        ("deform_conv2d", 0): 2 * 8 * 9 * 54,
+        # 2 images, 5 queries, 2 heads, 2 x 4 points of 8 channels
+        ("ms_deform_attn", 1): 2 * 5 * 2 * 8 * 8,
+        # 2 images, 6 x 6 outputs, 9 taps, 12 channels
+        ("dcnv3", 0): 2 * 36 * 9 * 12,
+        ("dcnv4", 0): 2 * 36 * 9 * 12,
+    }
     for (name, case), samples in expected.items():
         inputs = operators[name].cases[case].make(2, torch.Generator())
         assert operators[name].samples(inputs) == samples
