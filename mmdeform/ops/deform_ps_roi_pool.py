@@ -89,9 +89,8 @@ def deform_ps_roi_pool_reference(
         x1, y1, x2, y2 = round_half_away(rois[roi, 1:].detach().to(dtype))
         offset_x = offset_y = None
         if offset is not None:
-            offset_x, offset_y = (
-                offset[roi].to(dtype)[:, part_y, part_x].unflatten(0, (-1, 2)).unbind(1)
-            )
+            of_bins = offset[roi].to(dtype)[:, part_y, part_x]  # (2 * K, Ph, Pw)
+            offset_x, offset_y = of_bins[0::2], of_bins[1::2]
         x = _axis_positions(
             x1 * spatial_scale - 0.5, (x2 + 1) * spatial_scale - 0.5,
             columns, bins_w, offset_x, sample_per_part, trans_std,
