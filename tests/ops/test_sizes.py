@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdeform.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ms_deform_attn
+from mmdeform.ops import dcnv3, deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ms_deform_attn
 
 BF16 = torch.bfloat16
 LIMIT = 2**31
@@ -82,6 +82,57 @@ class TestMoreThan31Bits:
         expected = deform_conv2d(input[:, :, 2048:], offset[:, :, 2048:], weight)
         assert expected.abs().max() > 0.5
         assert_equal((actual[:, :, 2048:],), (expected,))
+
+    def test_dcnv3_images(self, kernel_device: str) -> None:
+        require_memory(kernel_device, 12)
+        last = slice(128, None)
+        input = zeros(129, 512, 512, 64, device=kernel_device)
+        input[last] = torch.randn(512, 512, 64, device=kernel_device)
+        offset = 20 * torch.rand(129, 8, 8, 8, device=kernel_device)
+        mask = torch.rand(129, 8, 8, 4, device=kernel_device)
+        grad_output = torch.randn(129, 8, 8, 64, device=kernel_device).to(BF16)
+        geometry = dict(kernel_size=1, stride=64, padding=0, groups=4)
+        leaves = [tensor.requires_grad_() for tensor in (input, offset, mask)]
+        actual = gradients(dcnv3(*leaves, **geometry), grad_output, *leaves)
+        alone = [leaf.detach()[last].clone().requires_grad_() for leaf in leaves]
+        expected = gradients(dcnv3(*alone, **geometry), grad_output[last], *alone)
+        assert all(tensor.abs().max() > 0.5 for tensor in expected)
+        assert_equal(tuple(tensor[last] for tensor in actual), expected)
+
+    def test_dcnv3_one_image(self, kernel_device: str) -> None:
+        """The last rows of pixels lie behind element 2**31."""
+        require_memory(kernel_device, 14)
+        input = zeros(1, 8200, 512, 512, device=kernel_device)
+        input[:, 8192:] = torch.randn(8, 512, 512, device=kernel_device)
+        offset = 7 * torch.rand(1, 1, 8, 8, device=kernel_device)
+        far = offset.clone()
+        far[..., 1::2] += 8192  # rows
+        mask = torch.rand(1, 1, 8, 4, device=kernel_device)
+        geometry = dict(kernel_size=1, stride=(8200, 64), padding=0, groups=4)
+        grad_output = torch.randn(1, 1, 8, 512, device=kernel_device).to(BF16)
+        leaves = [tensor.requires_grad_() for tensor in (input, far, mask)]
+        actual = gradients(dcnv3(*leaves, **geometry), grad_output, *leaves)
+        alone = [t.detach().clone().requires_grad_() for t in (input[:, 8192:], offset, mask)]
+        expected = gradients(dcnv3(*alone, **geometry), grad_output, *alone)
+        assert all(tensor.abs().max() > 0.5 for tensor in expected)
+        output, grad_input, grad_offset, grad_mask = actual
+        assert_equal((output, grad_input[:, 8192:], grad_offset, grad_mask), expected)
+
+    def test_dcnv3_offsets(self, kernel_device: str) -> None:
+        require_memory(kernel_device, 12)
+        input = torch.randn(1, 2064, 2063, 1, device=kernel_device).to(BF16)
+        offset = zeros(1, 2049, 2048, 512, device=kernel_device)
+        mask = torch.zeros(1, 2049, 2048, 256, dtype=BF16, device=kernel_device)
+        offset[:, 2048:] = 20 * torch.rand(1, 2048, 512, device=kernel_device)
+        mask[:, 2048:] = torch.rand(1, 2048, 256, device=kernel_device)
+        geometry = dict(kernel_size=16, padding=0)
+        actual = dcnv3(input, offset, mask, **geometry)
+        # Offsets point down: the last row of outputs needs the last 16 rows of pixels alone.
+        parts = (input[:, 2048:], offset[:, 2048:], mask[:, 2048:])
+        expected = dcnv3(*parts, **geometry)
+        assert expected.abs().max() > 0.5
+        assert_equal((actual[:, 2048:],), (expected,))
+        assert not actual[:, :2048].any()
 
     def test_ms_deform_attn_images(self, kernel_device: str) -> None:
         require_memory(kernel_device, 12)
@@ -234,6 +285,29 @@ class TestMoreThan65535:
         torch.testing.assert_close(
             grad_offset[:, 1], (right * grad_output).sum(1), rtol=1e-3, atol=1e-2
         )
+
+    @pytest.mark.parametrize(
+        ("size", "groups"),
+        [((65_537, 1, 2, 1), 1), ((1, 1, 2, 65_537), 65_537), ((1, 1, 2, 65_537), 1),
+         ((1, 1031, 1033, 1), 1), ((1, 1, 65_537, 1), 1), ((2, 65_537, 1, 1), 1)],
+        ids=["images", "groups", "channels", "pixels", "columns", "rows"],
+    )  # fmt: skip
+    def test_dcnv3(self, size: tuple, groups: int, kernel_device: str) -> None:
+        """A 1x1 kernel that samples where it stands weighs its pixel."""
+        input = torch.randn(size, device=kernel_device).requires_grad_()
+        offset = torch.zeros(*size[:3], 2 * groups, device=kernel_device).requires_grad_()
+        mask = torch.rand(*size[:3], groups, device=kernel_device).requires_grad_()
+        output = dcnv3(input, offset, mask, kernel_size=1, padding=0, groups=groups)
+        expected = input * mask.repeat_interleave(size[3] // groups, 3)
+        assert torch.equal(output, expected)
+        grad_output = torch.randn(size, device=kernel_device)
+        actual = torch.autograd.grad(output, (input, mask, offset), grad_output)
+        wanted = torch.autograd.grad(expected, (input, mask), grad_output)
+        for one, other in zip(actual, wanted, strict=False):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+        right = torch.nn.functional.pad(input.detach(), (0, 0, 0, 1))[:, :, 1:] - input.detach()
+        products = (right * grad_output).unflatten(3, (groups, -1)).sum(4) * mask
+        torch.testing.assert_close(actual[2][..., ::2], products, rtol=1e-3, atol=1e-2)
 
     @pytest.mark.parametrize(
         ("images", "queries", "heads", "channels"),
