@@ -13,7 +13,6 @@ from torch import Tensor
 from . import dcn, test_dcnv3, test_dcnv4, test_deform_conv2d, test_ms_deform_attn
 from .contracts.operator import TYPES, Arguments, assert_near
 
-DCNV3, DCNV4 = test_dcnv3.TestContract(), test_dcnv4.TestContract()
 CONV, ATTENTION = test_deform_conv2d.TestContract(), test_ms_deform_attn.TestContract()
 DCNV3, DCNV4 = test_dcnv3.TestContract(), test_dcnv4.TestContract()
 # onnxruntime and mmcv have no empty batches.
@@ -77,47 +76,6 @@ def test_deform_conv2d_border_equals_onnxruntime() -> None:
         case = {**arguments, "mask": mask}
         expected = onnx_deform_conv(case, 19)
         assert_near({"output": CONV.call(case)}, {"output": expected}, torch.float64)
-
-
-def as_deform_conv(arguments: Arguments) -> Arguments:
-    """A depthwise deformable convolution with weights of one that computes what dcnv3 does."""
-    kernel_h, kernel_w = arguments["kernel_size"]
-    groups, scale = arguments["groups"], arguments["offset_scale"]
-    input, offset, mask = (arguments[key] for key in ("input", "offset", "mask"))
-    offset, mask = offset.unflatten(3, (groups, -1, 2)), mask.unflatten(3, (groups, -1))
-    if arguments["remove_center"]:
-        middle = kernel_h * kernel_w // 2
-        offset, mask = (
-            torch.cat([t[:, :, :, :, :middle], torch.zeros_like(t[:, :, :, :, :1]),
-                       t[:, :, :, :, middle:]], 4)
-            for t in (offset, mask)
-        )  # fmt: skip
-    # Columns first become rows first, (x, y) becomes (y, x).
-    offset = offset.unflatten(4, (kernel_w, kernel_h)).transpose(4, 5).flip(6)
-    mask = mask.unflatten(4, (kernel_w, kernel_h)).transpose(4, 5)
-    for axis, (size, dilation) in enumerate(
-        zip((kernel_h, kernel_w), arguments["dilation"], strict=True)
-    ):
-        taps = torch.arange(size) * dilation - dilation * (size - 1) // 2
-        taps = taps.view(-1, 1) if axis == 0 else taps
-        offset[..., axis] = scale * offset[..., axis] + (scale - 1) * taps
-    return {
-        "input": input.permute(0, 3, 1, 2).contiguous(),
-        "offset": offset.flatten(3).permute(0, 3, 1, 2).contiguous(),
-        "weight": input.new_ones(input.shape[3], 1, kernel_h, kernel_w),
-        "bias": None,
-        **{key: arguments[key] for key in ("stride", "padding", "dilation")},
-        "mask": mask.flatten(3).permute(0, 3, 1, 2).contiguous(),
-    }
-
-
-@FLOATS
-@pytest.mark.parametrize("key", [key for key in dcn.GEOMETRIES if key != "no-image"])
-def test_dcnv3_and_dcnv4_equal_onnxruntime(key: str, dtype: torch.dtype) -> None:
-    arguments = DCNV3.place(DCNV3.cases[key].make(), (dtype, dtype), requires_grad=False)
-    expected = onnx_deform_conv(as_deform_conv(arguments), 19).permute(0, 2, 3, 1)
-    assert_near({"output": DCNV3.call(arguments)}, {"output": expected}, dtype)
-    assert_near({"output": DCNV4.call(dcn.merged(arguments))}, {"output": expected}, dtype)
 
 
 def mmcv_deform_conv(arguments: Arguments) -> Tensor:
