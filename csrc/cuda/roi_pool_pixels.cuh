@@ -49,19 +49,18 @@ class RoiPoolPixels {
     __syncwarp();  // the bin before has been read
     if (lane_ % kHalfWarp == 0) scratch->axes[lane_ / kHalfWarp] = axis;
     __syncwarp();
-    columns_ = scratch->axes[0].pixels;
-    rows_ = columns_ == 0 ? 0 : scratch->axes[1].pixels;
+    if (scratch->axes[0].pixels == 0) row_ = scratch->axes[1].pixels;  // at the end
   }
 
   __device__ __forceinline__ bool next() {
     walked_ += kWarpSize;
     while (walked_ >= touched_rows_ * touched_columns_) {
       column_ += kHalfWarp;
-      if (column_ >= columns_) {
+      if (column_ >= scratch_->axes[0].pixels) {
         column_ = 0;
         row_ += kHalfWarp;
       }
-      if (row_ >= rows_) return false;
+      if (row_ >= scratch_->axes[1].pixels) return false;
       weigh_block();
       walked_ = 0;
     }
@@ -79,7 +78,6 @@ class RoiPoolPixels {
   const int W_;
   RoiPoolScratch<A>* const scratch_;
   const int lane_;
-  int columns_, rows_;  // of the bin
   // The current block of kHalfWarp x kHalfWarp pixels; before the first one.
   int column_ = -kHalfWarp, row_ = 0;
   int touched_columns_ = 0, touched_rows_ = 0;
