@@ -189,6 +189,15 @@ class Edges:
         assert result["output"].isfinite().all()
         assert result["offset"].isfinite().all()
 
+    @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+    def test_bad_weights_outside_have_no_gradient(self, bad: float, device: str) -> None:
+        """Where a position does not contribute its gradient is zero, whatever the weight."""
+        arguments = sampled(3, 4, device, [(1.5, 1.5)])
+        arguments["mask"][0, 2, 3] = bad
+        result = self.run(arguments)
+        assert not result["offset"][0, 2, 3].any() and not result["mask"][0, 2, 3].any()
+        assert result["offset"][0, 0, 0].tolist() == [1, 3]
+
     def test_bad_channels_stay_in_their_group(self, device: str) -> None:
         arguments = place(make(), TYPES["fp32"], device)
         arguments["input"][..., 5:10] = math.nan  # the second of three groups
