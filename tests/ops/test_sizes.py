@@ -213,7 +213,7 @@ class TestMoreThan31Bits:
     def test_deform_roi_pool_channels(self, kernel_device: str) -> None:
         require_memory(kernel_device, 16)
         input = zeros(1, 2049, 1024, 1024, device=kernel_device)
-        input[:, 2048:] = torch.randn(1024, 1024, device=kernel_device)
+        input[:, 2048:] = 1 + torch.rand(1024, 1024, device=kernel_device)
         rois = torch.tensor([[0.0, 700, 900, 800, 1020]], device=kernel_device)
         actual = deform_roi_pool(input, rois, None, 7, sampling_ratio=2)
         expected = deform_roi_pool(input[:, 2048:], rois, None, 7, sampling_ratio=2)
@@ -225,11 +225,11 @@ class TestMoreThan31Bits:
         """The last cell of the last class."""
         require_memory(kernel_device, 16)
         input = zeros(1, 513 * 4, 1024, 1024, device=kernel_device)
-        input[:, -1] = torch.randn(1024, 1024, device=kernel_device)
+        input[:, -1] = 1 + torch.rand(1024, 1024, device=kernel_device)
         rois = torch.tensor([[0.0, 700, 900, 800, 1020]], device=kernel_device)
         actual = deform_ps_roi_pool(input, rois, None, 2, 1.0, 513, 2, 2, 4, 0.1)
         expected = deform_ps_roi_pool(input[:, -4:], rois, None, 2, 1.0, 1, 2, 2, 4, 0.1)
-        assert expected.abs().max() > 0.1
+        assert expected.abs().max() > 0.5
         assert_equal((actual[:, 512:],), (expected,))
         assert not actual[:, :512].any()
 
