@@ -1,6 +1,7 @@
 """What the operators that pool regions of interest share, in PyTorch."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -47,8 +48,33 @@ def axis_corners(
     return kept, [(low.long(), 1 - (position - low)), (high.long(), position - low)]
 
 
+def padded_images(input: Tensor, classes: int, cells: int) -> Callable[[int], Tensor]:
+    """Images as :func:`sum_of_samples` reads them, each prepared once, when it is first asked for.
+
+    Args:
+        input: Shape (N, C, H, W), channels in the order class, channel of the class, cell.
+        classes: K.
+        cells: G.
+
+    Returns:
+        A function that gives image n as (K, D, G, H*W + 1). The last pixel of a cell is zero: it
+        stands for what does not contribute, for the pixel in its place may not be finite.
+    """
+
+    images = input.unbind()
+
+    @functools.cache
+    def image(n: int) -> Tensor:
+        channels, height, width = images[n].shape
+        channels //= classes * cells
+        return with_zero_pixel(images[n].reshape(classes, channels, cells, height * width), 3)
+
+    return image
+
+
 def sum_of_samples(
     pixels: Tensor,
+    width: int,
     cell: Tensor,
     rows: tuple[Tensor, list[tuple[Tensor, Tensor]]],
     columns: tuple[Tensor, list[tuple[Tensor, Tensor]]],
@@ -56,7 +82,9 @@ def sum_of_samples(
     """Sums bilinear samples of one image over the grid of samples of each bin.
 
     Args:
-        pixels: Shape (K, D, G, H, W): K classes of D channels each, in G cells.
+        pixels: Shape (K, D, G, H*W + 1): K classes of D channels each, in G cells; see
+            :func:`padded_images`.
+        width: W.
         cell: Cell of each bin, int64, shape (Ph, Pw).
         rows: :func:`axis_corners` of positions (K, Ph, Pw, Sy).
         columns: The same of positions (K, Ph, Pw, Sx).
@@ -64,17 +92,15 @@ def sum_of_samples(
     Returns:
         Shape (K, D, Ph, Pw).
     """
-    classes, channels, _, height, width = pixels.shape
-    # A pixel of zeros in each cell stands for what does not contribute: the pixel in its place may
-    # not be finite.
-    flat = with_zero_pixel(pixels.flatten(3), 3).flatten(2)
+    classes, channels, _, size = pixels.shape
+    flat = pixels.flatten(2)
     kept = rows[0][..., :, None] & columns[0][..., None, :]
-    base = cell[:, :, None, None] * (height * width + 1)
+    base = cell[:, :, None, None] * size
     total = pixels.new_zeros(classes, channels, *cell.shape)
     for row, row_weight in rows[1]:
         for column, column_weight in columns[1]:
             index = row[..., :, None] * width + column[..., None, :]
-            index = base + index.where(kept, height * width)
+            index = base + index.where(kept, size - 1)
             weight = (row_weight[..., :, None] * column_weight[..., None, :]).where(kept, 0)
             values = flat.gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))
             values = values.unflatten(2, index.shape[1:])

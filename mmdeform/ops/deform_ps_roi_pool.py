@@ -21,6 +21,7 @@ from ._roi import (
     finite_or_zero,
     image_indices,
     keep_graph,
+    padded_images,
     round_half_away,
     sum_of_samples,
 )
@@ -82,7 +83,7 @@ def deform_ps_roi_pool_reference(
     columns = torch.arange(bins_w, device=input.device).expand(bins_h, bins_w)
     cell = rows * group_size // bins_h * group_size + columns * group_size // bins_w
     part_y, part_x = rows * part_size // bins_h, columns * part_size // bins_w
-    images = input.to(dtype).unbind()
+    images = padded_images(input.to(dtype), classes, group_size**2)
     output = input.new_zeros(rois.shape[0], output_dim, bins_h, bins_w, dtype=dtype)
     pooled = []
     for roi, image in enumerate(image_indices(rois, input.shape[0])):
@@ -99,9 +100,8 @@ def deform_ps_roi_pool_reference(
             y1 * spatial_scale - 0.5, (y2 + 1) * spatial_scale - 0.5,
             rows, bins_h, offset_y, sample_per_part, trans_std,
         )  # fmt: skip
-        pixels = images[image].reshape(classes, output_dim // classes, -1, height, width)
         y_corners, x_corners = axis_corners(y, height, MARGIN), axis_corners(x, width, MARGIN)
-        total = sum_of_samples(pixels, cell, y_corners, x_corners)
+        total = sum_of_samples(images(image), width, cell, y_corners, x_corners)
         count = y_corners[0].sum(-1) * x_corners[0].sum(-1)
         pooled.append((total / count.clamp(min=1)[:, None]).flatten(0, 1))
     if pooled:

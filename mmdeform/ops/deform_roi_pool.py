@@ -22,6 +22,7 @@ from ._roi import (
     finite_or_zero,
     image_indices,
     keep_graph,
+    padded_images,
     sum_of_samples,
 )
 
@@ -89,7 +90,7 @@ def deform_roi_pool_reference(
     bins_h, bins_w = output_size
     rows = torch.arange(bins_h, device=input.device)[:, None].expand(bins_h, bins_w)
     columns = torch.arange(bins_w, device=input.device).expand(bins_h, bins_w)
-    images = input.to(dtype).unbind()
+    images = padded_images(input.to(dtype), classes=1, cells=1)
     output = input.new_zeros(rois.shape[0], channels, bins_h, bins_w, dtype=dtype)
     pooled = []
     for roi, image in enumerate(image_indices(rois, input.shape[0])):
@@ -103,7 +104,8 @@ def deform_roi_pool_reference(
             x1, x2 - x1, columns, bins_w, offset_x, width, sampling_ratio, gamma
         )
         total = sum_of_samples(
-            images[image][None, :, None],
+            images(image),
+            width,
             torch.zeros_like(rows),
             axis_corners(y[None], height, MARGIN),
             axis_corners(x[None], width, MARGIN),
