@@ -230,10 +230,11 @@ OPERATOR = Operator(
         Peer("torchvision RoIAlign", _load_torchvision_roi_align, same_function=False),
     ),
     cases=(
-        make_case("v2-p2-200x336", 200, 336, 4, mask=True, batches=_BOTH),
+        # On the CPU not by default: on this map the reference in fp64 takes minutes.
+        make_case("v2-p2-200x336", 200, 336, 4, mask=True, batches=_CUDA),
         make_case("v2-p4-50x84", 50, 84, 16, mask=True, batches=_BOTH),
         make_case("v1-p2-200x336", 200, 336, 4, batches=_CUDA),
-        make_case("v1-p4-50x84", 50, 84, 16, batches=_BOTH),
+        make_case("v1-p4-50x84", 50, 84, 16, batches=_CUDA),
         make_case("plain-p2-200x336", 200, 336, 4, offset=False),
         make_case("plain-p4-50x84", 50, 84, 16, offset=False, batches={"cpu": (1,)}),
     ),
