@@ -17,6 +17,12 @@ namespace mmdeform {
 
 enum class CpuCapability { kDefault, kAvx2, kAvx512 };
 
+// One set of kernels for each pair of the data's type and the coordinates' type.
+template <typename Kernels>
+struct KernelsByDtype {
+  Kernels fp64, fp32, fp16, fp16_fp32, bf16, bf16_fp32;
+};
+
 // The best instruction set of this machine, or the one that the environment variable
 // MMDEFORM_CPU_CAPABILITY names.
 CpuCapability cpu_capability();

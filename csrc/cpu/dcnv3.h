@@ -63,10 +63,7 @@ struct Dcnv3Kernels {
 // Words of int64_t that each kernel needs as scratch memory.
 inline int64_t dcnv3_scratch(int64_t points) { return 22 * (points + 3 * kPointBlock); }
 
-// One table for each pair of T and C.
-struct Dcnv3Table {
-  Dcnv3Kernels fp64, fp32, fp16, fp16_fp32, bf16, bf16_fp32;
-};
+using Dcnv3Table = KernelsByDtype<Dcnv3Kernels>;
 MMDEFORM_DECLARE_KERNELS(Dcnv3Table, dcnv3_table)
 
 }  // namespace mmdeform

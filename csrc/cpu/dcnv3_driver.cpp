@@ -7,6 +7,7 @@
 
 #include "cpu/dcnv3.h"
 #include "cpu/parallel.h"
+#include "cpu/tensor.h"
 
 namespace mmdeform {
 namespace {
@@ -14,25 +15,7 @@ namespace {
 // Multiply-adds below which a second thread does not pay.
 constexpr int64_t kGrain = 1 << 17;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-const Dcnv3Kernels& select_kernels(ScalarType data, ScalarType coordinates) {
-  const auto table = []() -> const Dcnv3Table& { MMDEFORM_SELECT_KERNELS(dcnv3_table) };
-  const bool same = data == coordinates;
-  switch (data) {
-    case ScalarType::Double:
-      return table().fp64;
-    case ScalarType::Float:
-      return table().fp32;
-    case ScalarType::Half:
-      return same ? table().fp16 : table().fp16_fp32;
-    case ScalarType::BFloat16:
-      return same ? table().bf16 : table().bf16_fp32;
-    default:
-      STD_TORCH_CHECK(false, "input: expected dtype Double, Float, Half or BFloat16, got ",
-                      torch::headeronly::toString(data));
-  }
-}
+const Dcnv3Table& table(){MMDEFORM_SELECT_KERNELS(dcnv3_table)}
 
 // The kernels read pixels at one stride, and channels side by side.
 Tensor with_pixel_stride(const Tensor& input) {
@@ -180,7 +163,8 @@ void backward_input(const Call& call, const Dcnv3Kernels& kernels) {
 Tensor dcnv3_forward(const Tensor& input, const Dcnv3Points& points,
                      const Dcnv3Geometry& geometry) {
   Call call(input, points, geometry);
-  const Dcnv3Kernels& kernels = select_kernels(input.scalar_type(), points.offset.scalar_type());
+  const Dcnv3Kernels& kernels =
+      select_kernels(table(), "input", input.scalar_type(), points.offset.scalar_type());
   Tensor output = torch::stable::new_empty(
       input, {call.g.batch, call.g.out_height, call.g.out_width, call.g.channels()},
       input.scalar_type());
@@ -193,7 +177,8 @@ std::tuple<Tensor, Dcnv3Points> dcnv3_backward(const Tensor& grad_output, const 
                                                const Dcnv3Points& points,
                                                const Dcnv3Geometry& geometry) {
   Call call(input, points, geometry);
-  const Dcnv3Kernels& kernels = select_kernels(input.scalar_type(), points.offset.scalar_type());
+  const Dcnv3Kernels& kernels =
+      select_kernels(table(), "input", input.scalar_type(), points.offset.scalar_type());
   const auto new_like = [](const Tensor& tensor) {
     return torch::stable::new_empty(tensor, tensor.sizes(), tensor.scalar_type());
   };

@@ -9,30 +9,20 @@
 #include "common/deform_conv2d_checks.h"
 #include "common/dtypes.h"
 #include "cpu/parallel.h"
+#include "cpu/tensor.h"
 
 namespace mmdeform {
 namespace {
 
 const DeformConv2dKernels& kernels(){MMDEFORM_SELECT_KERNELS(deform_conv2d_kernels)}
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
+int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
 }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 template <typename A>
 int64_t panel_columns() {
   return sizeof(A) == 4 ? kernels().panel_columns_float : kernels().panel_columns_double;
-}
-
-template <typename A>
-ScalarType scalar_type_of() {
-  return sizeof(A) == 4 ? ScalarType::Float : ScalarType::Double;
-}
-
-bool is_channels_last(const Tensor& t) {
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  return t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
 }
 
 template <typename A>

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/ms_deform_attn_checks.h"
+#include "cpu/tensor.h"
 
 namespace mmdeform {
 namespace {
@@ -20,25 +21,7 @@ constexpr int64_t kGrain = 1 << 17;
 // Samples per token from which it pays to copy a head's value before sampling it.
 constexpr int64_t kSamplesPerCopy = 16;
 
-const MsDeformAttnKernels& select_kernels(ScalarType data, ScalarType coordinates) {
-  const auto table = []() -> const MsDeformAttnTable& {
-    MMDEFORM_SELECT_KERNELS(ms_deform_attn_table)
-  };
-  const bool same = data == coordinates;
-  switch (data) {
-    case ScalarType::Double:
-      return table().fp64;
-    case ScalarType::Float:
-      return table().fp32;
-    case ScalarType::Half:
-      return same ? table().fp16 : table().fp16_fp32;
-    case ScalarType::BFloat16:
-      return same ? table().bf16 : table().bf16_fp32;
-    default:
-      STD_TORCH_CHECK(false, "value: expected dtype Double, Float, Half or BFloat16, got ",
-                      torch::headeronly::toString(data));
-  }
-}
+const MsDeformAttnTable& table() { MMDEFORM_SELECT_KERNELS(ms_deform_attn_table) }
 
 // A call's arguments as the kernels want them, and the memory behind them.
 struct Call {
@@ -148,7 +131,7 @@ Tensor ms_deform_attn_cpu(const Tensor& value, const Tensor& spatial_shapes,
                        attention_weights);
   Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   const MsDeformAttnKernels& kernels =
-      select_kernels(value.scalar_type(), sampling_locations.scalar_type());
+      select_kernels(table(), "value", value.scalar_type(), sampling_locations.scalar_type());
   MsDeformAttnArgs& args = call.args;
   Tensor output = torch::stable::new_empty(
       value, {value.size(0), args.queries, args.heads * args.channels}, value.scalar_type());
@@ -193,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
   check_ms_deform_attn_grad(grad_output, value, sampling_locations);
   Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
   const MsDeformAttnKernels& kernels =
-      select_kernels(value.scalar_type(), sampling_locations.scalar_type());
+      select_kernels(table(), "value", value.scalar_type(), sampling_locations.scalar_type());
   MsDeformAttnArgs& args = call.args;
   const auto new_like = [](const Tensor& tensor) {
     return torch::stable::new_empty(tensor, tensor.sizes(), tensor.scalar_type());

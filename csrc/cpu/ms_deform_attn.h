@@ -58,10 +58,7 @@ struct MsDeformAttnKernels {
                          int64_t channels, int64_t* scratch, void* sums);
 };
 
-// One table for each pair of T and C.
-struct MsDeformAttnTable {
-  MsDeformAttnKernels fp64, fp32, fp16, fp16_fp32, bf16, bf16_fp32;
-};
+using MsDeformAttnTable = KernelsByDtype<MsDeformAttnKernels>;
 MMDEFORM_DECLARE_KERNELS(MsDeformAttnTable, ms_deform_attn_table)
 
 }  // namespace mmdeform

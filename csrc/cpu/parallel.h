@@ -9,6 +9,8 @@
 
 namespace mmdeform {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Workers for a loop over `items`; each gets a contiguous range of them.
 inline int64_t worker_count(int64_t items) {
   return std::min<int64_t>(torch::stable::get_num_threads(), items);

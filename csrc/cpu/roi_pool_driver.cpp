@@ -8,6 +8,7 @@
 #include "common/dtypes.h"
 #include "common/roi_pool_checks.h"
 #include "cpu/parallel.h"
+#include "cpu/tensor.h"
 
 namespace mmdeform {
 namespace {
@@ -16,18 +17,6 @@ namespace {
 constexpr int64_t kChunkPixels = 256;
 // Channels of a task of the backward pass: whole cache lines, so that no two threads share one.
 constexpr int64_t kTaskChannels = 16;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <typename A>
-ScalarType scalar_type_of() {
-  return sizeof(A) == 4 ? ScalarType::Float : ScalarType::Double;
-}
-
-bool is_channels_last(const Tensor& t) {
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  return t.stride(1) == 1 && t.stride(3) == c && t.stride(2) == w * c && t.stride(0) == h * w * c;
-}
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;

@@ -54,7 +54,7 @@ from tests.ops import (
 
 for module in (test_deform_conv2d, test_ms_deform_attn, test_dcnv3, test_dcnv4,
                test_deform_roi_pool, test_deform_ps_roi_pool):
-    contract = module.TestContract
+    contract = module.TestContract()
     torch.manual_seed(0)
     arguments = {
         key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value

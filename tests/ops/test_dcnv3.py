@@ -24,12 +24,6 @@ class TestContract(OperatorContract):
     def schema_arguments(arguments: Arguments) -> tuple:
         return tuple(list(v) if isinstance(v, tuple) else v for v in arguments.values())
 
-    @staticmethod
-    def backward_arguments(
-        grad_output: Tensor, arguments: Arguments, deterministic: bool = False
-    ) -> tuple:
-        return (grad_output, *TestContract.schema_arguments(arguments), deterministic)
-
     def sized(self, size: int) -> Arguments:
         return dcn.sized(size)
 

@@ -104,11 +104,10 @@ class TestContract(OperatorContract):
         mask, bias = arguments["mask"], arguments["bias"]
         return (input, offset, mask, weight, bias, *geometry, groups, deform_groups)
 
-    @staticmethod
     def backward_arguments(
-        grad_output: Tensor, arguments: Arguments, deterministic: bool = False
+        self, grad_output: Tensor, arguments: Arguments, deterministic: bool = False
     ) -> tuple:
-        input, offset, mask, weight, _, *geometry = TestContract.schema_arguments(arguments)
+        input, offset, mask, weight, _, *geometry = self.schema_arguments(arguments)
         return (grad_output, input, offset, mask, weight, *geometry, deterministic)
 
     def sized(self, size: int) -> Arguments:

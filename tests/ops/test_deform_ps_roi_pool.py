@@ -106,12 +106,6 @@ class TestContract(OperatorContract):
         input, rois, offset, output_size, *numbers = arguments.values()
         return (input, rois, offset, list(output_size), *numbers)
 
-    @staticmethod
-    def backward_arguments(
-        grad_output: Tensor, arguments: Arguments, deterministic: bool = False
-    ) -> tuple:
-        return (grad_output, *TestContract.schema_arguments(arguments), deterministic)
-
     def sized(self, size: int) -> Arguments:
         # No two sizes are equal that differ in general: torch.compile would tie them together.
         return make(images=7 + size, rois=7 + 4 * size, size=(15 + 2 * size, 30 + 3 * size))

@@ -106,12 +106,6 @@ class TestContract(OperatorContract):
         values = [arguments[key] for key in keys]
         return (*values[:4], list(values[4]), *values[5:])
 
-    @staticmethod
-    def backward_arguments(
-        grad_output: Tensor, arguments: Arguments, deterministic: bool = False
-    ) -> tuple:
-        return (grad_output, *TestContract.schema_arguments(arguments), deterministic)
-
     def sized(self, size: int) -> Arguments:
         # No two sizes are equal that differ in general: torch.compile would tie them together.
         return make(images=3 + size, rois=7 + 4 * size, size=(15 + 2 * size, 30 + 3 * size))

@@ -100,12 +100,6 @@ class TestContract(OperatorContract):
     def schema_arguments(arguments: Arguments) -> tuple:
         return tuple(arguments.values())
 
-    @staticmethod
-    def backward_arguments(
-        grad_output: Tensor, arguments: Arguments, deterministic: bool = False
-    ) -> tuple:
-        return (grad_output, *arguments.values(), deterministic)
-
     def sized(self, size: int) -> Arguments:
         # No two sizes are equal that differ in general: torch.compile would tie them together.
         return make(batch=3 + size, queries=7 + 2 * size, shapes=((3 + size, 4), (2, 2 + size)))

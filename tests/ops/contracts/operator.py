@@ -72,12 +72,11 @@ class Operator:
         """Arguments of ``torch.ops.mmdeform.<name>`` for those of the public function."""
         raise NotImplementedError
 
-    @staticmethod
     def backward_arguments(
-        grad_output: Tensor, arguments: Arguments, deterministic: bool = False
+        self, grad_output: Tensor, arguments: Arguments, deterministic: bool = False
     ) -> tuple:
         """Arguments of ``torch.ops.mmdeform.<name>_backward``."""
-        raise NotImplementedError
+        return (grad_output, *self.schema_arguments(arguments), deterministic)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "case" in metafunc.fixturenames:
