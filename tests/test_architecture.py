@@ -27,10 +27,13 @@ RANKS = {
     "mmdeform.ops": 1,
     "mmdeform.registry": 1,
     "mmdeform.layers": 2,
+    "mmdeform.accelerate": 2,
     "mmdeform.models": 3,
     "mmdeform.engine": 3,
     "mmdeform.analysis": 3,
+    "mmdeform.typed_attention": 3,
     "mmdeform.doctor": 4,
+    "mmdeform.coverage": 4,
     "mmdeform": 5,  # the package's own __init__.py
     "configs": 6,
     "tools": 6,

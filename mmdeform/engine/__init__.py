@@ -1,0 +1,1 @@
+"""What a config adds to training: hooks and optimizer constructors."""
