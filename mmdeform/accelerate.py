@@ -1,0 +1,462 @@
+"""Makes every OpenMMLab model compute with this package's operators, by one line of config.
+
+``custom_imports = dict(imports=['mmdeform.accelerate'])`` is all: importing this module calls
+:func:`enable`. Configs, classes and state dicts stay as they are, for what is exchanged lies below
+them, in place, so that names imported earlier or later see it too:
+
+- ``forward`` and ``backward`` of mmcv's autograd functions ``DeformConv2dFunction``,
+  ``ModulatedDeformConv2dFunction``, ``MultiScaleDeformableAttnFunction``, ``DeformRoIPoolFunction``
+  and ``RoIAlignFunction``, and
+- the code of ``multi_scale_deformable_attn_pytorch``, which mmcv runs where it has no kernel.
+
+mmcv's own implementation still serves what this package has no kernel for: other devices and dtypes,
+devices whose compiled library is missing, and RoIAlign other than ``pool_mode='avg', aligned=True``.
+Where mmcv has nothing (attention kernel and RoI pooling on the CPU) the reference stands in for a
+missing library.
+"""
+
+import functools
+import importlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.utils import _pair
+
+from .ops import _library, ms_deform_attn
+
+__all__ = ["disable", "enable", "is_enabled"]
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Below, the kernels, which want channels side by side, would mostly copy the image: mmdet crops
+# masks of one channel by RoIAlign.
+ROI_ALIGN_CHANNELS = 8
+
+# Under this name a replaced object keeps what mmcv had there.
+_STOCK = "_mmdeform_stock"
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    """True if a compiled library computes with ``tensor``."""
+    status = _library.status().get(tensor.device.type)
+    return status is not None and status.loaded and tensor.dtype in DTYPES
+
+
+def _run(operator: Callable[..., Any], tensor: Tensor, *args: Any) -> Any:
+    """Calls an operator in the dtypes of its arguments, for mmcv's casts are done already."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return operator(tensor, *args)
+
+
+def _deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def _coordinates(data: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
+    """Brings coordinates to one dtype that the operators take beside ``data``; fp32 stays fp32."""
+    dtype = _library.accumulation_dtype(data.dtype)
+    if {tensor.dtype for tensor in coordinates} in ({data.dtype}, {dtype}):
+        return coordinates
+    return tuple(tensor.to(dtype) for tensor in coordinates)
+
+
+class _Replacement(Function):
+    """What one of mmcv's autograd functions does where :meth:`accepts` its arguments.
+
+    ``forward`` leaves in ``ctx`` what mmcv's leaves there, except that buffers and empty tensors
+    that stand for absent ones are missing.
+    """
+
+    module: ClassVar[str]
+    """Of mmcv.ops."""
+    name: ClassVar[str]
+    """Of mmcv's function."""
+
+    @staticmethod
+    def accepts(*args: Any) -> bool:
+        """Whether ``forward`` is for these arguments."""
+        raise NotImplementedError
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments of ``forward``."""
+        raise NotImplementedError
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx._forward_cls.gradients(ctx, grad_output)
+
+
+def _keep_convolution(
+    ctx: Any, input: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, deform: int
+) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"Expected 4D tensor as input, got {input.dim()}D tensor instead.")
+    ctx.stride, ctx.padding, ctx.dilation = _pair(stride), _pair(padding), _pair(dilation)
+    ctx.groups, ctx.deform_groups, ctx.device = groups, deform, input.device.type
+
+
+def _convolution(ctx: Any) -> tuple:
+    return ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.deform_groups
+
+
+class _DeformConv2d(_Replacement):
+    """All tensors are brought to the dtype of ``offset``, by mmcv's rule."""
+
+    module = "deform_conv"
+    name = "DeformConv2dFunction"
+
+    @staticmethod
+    def accepts(input: Tensor, offset: Tensor, *_: Any) -> bool:
+        return _has_kernels(offset)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+        bias: bool = False,
+        im2col_step: int = 32,
+    ) -> Tensor:
+        _keep_convolution(ctx, input, stride, padding, dilation, groups, deform_groups)
+        assert bias is False, "Only support bias is False."
+        ctx.im2col_step = im2col_step
+        input, weight = input.type_as(offset), weight.type_as(offset)
+        ctx.save_for_backward(input, offset, weight)
+        operator = torch.ops.mmdeform.deform_conv2d
+        return _run(operator, input, offset, None, weight, None, *_convolution(ctx))
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, offset, weight = ctx.saved_tensors
+        grad_input, grad_offset, _, grad_weight = torch.ops.mmdeform.deform_conv2d_backward(
+            grad_output, input, offset, None, weight, *_convolution(ctx), _deterministic()
+        )
+        return grad_input, grad_offset, grad_weight, *(None,) * 7
+
+
+class _ModulatedDeformConv2d(_Replacement):
+    """All tensors are brought to the dtype of ``offset``, by mmcv's rule."""
+
+    module = "modulated_deform_conv"
+    name = "ModulatedDeformConv2dFunction"
+    accepts = _DeformConv2d.accepts
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        offset: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        deform_groups: int = 1,
+    ) -> Tensor:
+        _keep_convolution(ctx, input, stride, padding, dilation, groups, deform_groups)
+        ctx.with_bias = bias is not None
+        input, mask, weight = input.type_as(offset), mask.type_as(offset), weight.type_as(offset)
+        bias = None if bias is None else bias.type_as(offset)
+        ctx.save_for_backward(input, offset, mask, weight)
+        operator = torch.ops.mmdeform.deform_conv2d
+        return _run(operator, input, offset, mask, weight, bias, *_convolution(ctx))
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = torch.ops.mmdeform.deform_conv2d_backward(
+            grad_output, *ctx.saved_tensors, *_convolution(ctx), _deterministic()
+        )
+        grad_bias = grad_output.sum((0, 2, 3)) if ctx.with_bias else None
+        return *gradients, grad_bias, *(None,) * 5
+
+
+class _MultiScaleDeformableAttn(_Replacement):
+    """The result has the dtype of ``value``, as in mmcv; fp32 locations and weights stay fp32."""
+
+    module = "multi_scale_deform_attn"
+    name = "MultiScaleDeformableAttnFunction"
+
+    @staticmethod
+    def accepts(value: Tensor, *_: Any) -> bool:
+        return _has_kernels(value) or value.device.type == "cpu"
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        ctx.im2col_step = im2col_step
+        levels = (value_spatial_shapes, value_level_start_index)
+        tensors = (value, *levels, *_coordinates(value, sampling_locations, attention_weights))
+        ctx.save_for_backward(*tensors)
+        return _run(torch.ops.mmdeform.ms_deform_attn, *tensors)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_value, grad_locations, grad_weights = torch.ops.mmdeform.ms_deform_attn_backward(
+            grad_output, *ctx.saved_tensors, _deterministic()
+        )
+        return grad_value, None, None, grad_locations, grad_weights, None
+
+
+def _keep_pooling(
+    ctx: Any, rois: Tensor, output_size: Any, spatial_scale: float, sampling_ratio: int
+) -> None:
+    assert rois.size(1) == 5, "RoI must be (idx, x1, y1, x2, y2)!"
+    ctx.output_size = _pair(output_size)
+    ctx.spatial_scale, ctx.sampling_ratio = float(spatial_scale), int(sampling_ratio)
+
+
+def _pooling(ctx: Any) -> tuple:
+    # mmcv takes any ratio below one for an adaptive grid.
+    return ctx.output_size, ctx.spatial_scale, max(ctx.sampling_ratio, 0)
+
+
+class _DeformRoIPool(_Replacement):
+    """The result has the dtype of ``input``; RoIs and fp32 offsets stay fp32."""
+
+    module = "deform_roi_pool"
+    name = "DeformRoIPoolFunction"
+
+    @staticmethod
+    def accepts(input: Tensor, *_: Any) -> bool:
+        return _has_kernels(input) or input.device.type == "cpu"
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        rois: Tensor,
+        offset: Tensor | None,
+        output_size: int | Sequence[int],
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+    ) -> Tensor:
+        _keep_pooling(ctx, rois, output_size, spatial_scale, sampling_ratio)
+        ctx.gamma = float(gamma)
+        if offset is not None:
+            # mmcv also takes an empty tensor for "no offsets".
+            offset = _coordinates(input, offset)[0] if offset.dim() == 4 else None
+        rois = rois.to(_library.accumulation_dtype(input.dtype))
+        ctx.save_for_backward(input, rois, offset)
+        operator = torch.ops.mmdeform.deform_roi_pool
+        return _run(operator, input, rois, offset, None, *_pooling(ctx), ctx.gamma)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, rois, offset = ctx.saved_tensors
+        grad_input, grad_offset, _ = torch.ops.mmdeform.deform_roi_pool_backward(
+            grad_output, input, rois, offset, None, *_pooling(ctx), ctx.gamma, _deterministic()
+        )
+        return grad_input, None, None if offset is None else grad_offset, *(None,) * 4
+
+
+class _RoIAlign(_Replacement):
+    """Aligned averages are deformable RoI pooling without offsets."""
+
+    module = "roi_align"
+    name = "RoIAlignFunction"
+
+    @staticmethod
+    def accepts(
+        input: Tensor,
+        rois: Tensor,
+        output_size: int | Sequence[int],
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        pool_mode: str = "avg",
+        aligned: bool = True,
+    ) -> bool:
+        if pool_mode != "avg" or not aligned or input.dim() != 4:
+            return False
+        return _has_kernels(input) and input.shape[1] >= ROI_ALIGN_CHANNELS
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        rois: Tensor,
+        output_size: int | Sequence[int],
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        pool_mode: str = "avg",
+        aligned: bool = True,
+    ) -> Tensor:
+        _keep_pooling(ctx, rois, output_size, spatial_scale, sampling_ratio)
+        ctx.pool_mode, ctx.aligned, ctx.input_shape = 1, aligned, input.size()
+        rois = rois.to(_library.accumulation_dtype(input.dtype))
+        ctx.save_for_backward(rois)
+        operator = torch.ops.mmdeform.deform_roi_pool
+        return _run(operator, input, rois, None, None, *_pooling(ctx), 0.0)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (rois,) = ctx.saved_tensors
+        # The gradient depends on the size of the input alone, which mmcv does not keep either.
+        input = grad_output.new_zeros(()).expand(ctx.input_shape)
+        grad_input, _, _ = torch.ops.mmdeform.deform_roi_pool_backward(
+            grad_output, input, rois, None, None, *_pooling(ctx), 0.0, _deterministic()
+        )
+        return grad_input, *(None,) * 6
+
+
+_REPLACEMENTS: tuple[type[_Replacement], ...] = (
+    _DeformConv2d,
+    _ModulatedDeformConv2d,
+    _MultiScaleDeformableAttn,
+    _DeformRoIPool,
+    _RoIAlign,
+)
+
+
+def _replacing(
+    replacement: type[_Replacement], stock: type[Function]
+) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """``forward`` and ``backward`` that choose between ``replacement`` and mmcv's own."""
+    stock_forward, stock_backward = stock.forward, stock.backward
+
+    @functools.wraps(stock_forward)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        if not replacement.accepts(*args):
+            return stock_forward(ctx, *args)
+        # Where backward is looked up: what ran forward also runs backward, whether or not
+        # accelerate was switched on or off in between.
+        ctx._forward_cls = replacement
+        return replacement.forward(ctx, *args)
+
+    # Only contexts of mmcv's own forward, and torch.compile, come by here.
+    @once_differentiable
+    @functools.wraps(stock_backward)
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if ctx._forward_cls is replacement:
+            return replacement.gradients(ctx, grad_output)
+        return stock_backward(ctx, grad_output)
+
+    return forward, backward
+
+
+def attention_in_pytorch(
+    stock: Callable[..., Tensor],
+    value: Tensor,
+    value_spatial_shapes: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Stands in for mmcv's ``multi_scale_deformable_attn_pytorch``, ``stock``.
+
+    The result has the dtype of ``value``; under autocast it is fp32 at least, as in mmcv, where
+    autocast makes grid_sample compute in fp32.
+    """
+    if not _has_kernels(value) or torch.jit.is_tracing():
+        return stock(value, value_spatial_shapes, sampling_locations, attention_weights)
+    if torch.is_autocast_enabled(value.device.type):
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+    shapes = torch.as_tensor(value_spatial_shapes, dtype=torch.long, device=value.device)
+    return _run(ms_deform_attn, value, shapes, None, sampling_locations, attention_weights)
+
+
+def _attention_code(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    # Runs as mmcv's function, among mmcv's globals.
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch as function
+
+    from mmdeform.accelerate import attention_in_pytorch
+
+    return attention_in_pytorch(
+        function._mmdeform_stock,
+        value,
+        value_spatial_shapes,
+        sampling_locations,
+        attention_weights,
+    )
+
+
+def _function(replacement: type[_Replacement]) -> type[Function]:
+    """mmcv's autograd function."""
+    # import_module: mmcv.ops also has functions of the names of its modules.
+    return getattr(importlib.import_module(f"mmcv.ops.{replacement.module}"), replacement.name)
+
+
+def _attention() -> types.FunctionType:
+    module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+    return module.multi_scale_deformable_attn_pytorch
+
+
+def is_enabled() -> bool:
+    """Whether mmcv's functions are replaced."""
+    return all(hasattr(owner, _STOCK) for owner in (*map(_function, _REPLACEMENTS), _attention()))
+
+
+def enable() -> None:
+    """Lets mmcv's functions compute with this package's operators; harmless if they do already.
+
+    Raises:
+        ImportError: mmcv is missing, or is installed without its operators.
+    """
+    first = not is_enabled()
+    disable()  # after a reload, what stands there is older than this module
+    for replacement in _REPLACEMENTS:
+        function = _function(replacement)
+        setattr(function, _STOCK, {name: vars(function)[name] for name in ("forward", "backward")})
+        forward, backward = _replacing(replacement, function)
+        function.forward, function.backward = staticmethod(forward), staticmethod(backward)
+    attention = _attention()
+    stock = types.FunctionType(
+        attention.__code__, attention.__globals__, attention.__name__, attention.__defaults__
+    )
+    setattr(attention, _STOCK, stock)
+    attention.__code__ = _attention_code.__code__
+    if first:
+        names = [*(replacement.name for replacement in _REPLACEMENTS), attention.__name__]
+        devices = [
+            f"{device} ({status.capability})"
+            for device, status in _library.status().items()
+            if status.loaded
+        ]
+        print_log(
+            f"mmdeform.accelerate: {', '.join(names)} of mmcv run mmdeform's kernels on "
+            f"{' and '.join(devices) or 'no device: no compiled library is loaded'}",
+            logger="current",
+        )
+
+
+def disable() -> None:
+    """Gives mmcv its own functions back; results computed before keep their backward pass."""
+    for replacement in _REPLACEMENTS:
+        function = _function(replacement)
+        if hasattr(function, _STOCK):
+            for name, method in getattr(function, _STOCK).items():
+                setattr(function, name, method)
+            delattr(function, _STOCK)
+    attention = _attention()
+    if hasattr(attention, _STOCK):
+        attention.__code__ = getattr(attention, _STOCK).__code__
+        delattr(attention, _STOCK)
+
+
+enable()
