@@ -1,44 +1,22 @@
-"""Makes every OpenMMLab model compute with this package's operators, by one line of config.
+"""What stands in for mmcv's functions."""
 
-``custom_imports = dict(imports=['mmdeform.accelerate'])`` is all: importing this module calls
-:func:`enable`. Configs, classes and state dicts stay as they are, for what is exchanged lies below
-them, in place, so that names imported earlier or later see it too:
-
-- ``forward`` and ``backward`` of mmcv's autograd functions ``DeformConv2dFunction``,
-  ``ModulatedDeformConv2dFunction``, ``MultiScaleDeformableAttnFunction``, ``DeformRoIPoolFunction``
-  and ``RoIAlignFunction``, and
-- the code of ``multi_scale_deformable_attn_pytorch``, which mmcv runs where it has no kernel.
-
-mmcv's own implementation still serves what this package has no kernel for: other devices and dtypes,
-devices whose compiled library is missing, and RoIAlign other than ``pool_mode='avg', aligned=True``.
-Where mmcv has nothing (attention kernel and RoI pooling on the CPU) the reference stands in for a
-missing library.
-"""
-
-import functools
-import importlib
-import types
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.utils import _pair
 
-from .ops import _library, ms_deform_attn
-
-__all__ = ["disable", "enable", "is_enabled"]
+from ..ops import _library, ms_deform_attn
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Below, the kernels, which want channels side by side, would mostly copy the image: mmdet crops
-# masks of one channel by RoIAlign.
-ROI_ALIGN_CHANNELS = 8
-
-# Under this name a replaced object keeps what mmcv had there.
-_STOCK = "_mmdeform_stock"
+# The kernels bring the map to channels last first. Where a bin has more pixels than this (the few
+# RoIs of a mask branch on the finest level; masks that mmdet crops by RoIAlign), that takes longer
+# than all of mmcv's RoIAlign.
+ROI_ALIGN_PIXELS_PER_BIN = 16
 
 
 def _has_kernels(tensor: Tensor) -> bool:
@@ -65,7 +43,7 @@ def _coordinates(data: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in coordinates)
 
 
-class _Replacement(Function):
+class Replacement(Function):
     """What one of mmcv's autograd functions does where :meth:`accepts` its arguments.
 
     ``forward`` leaves in ``ctx`` what mmcv's leaves there, except that buffers and empty tensors
@@ -106,7 +84,7 @@ def _convolution(ctx: Any) -> tuple:
     return ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.deform_groups
 
 
-class _DeformConv2d(_Replacement):
+class _DeformConv2d(Replacement):
     """All tensors are brought to the dtype of ``offset``, by mmcv's rule."""
 
     module = "deform_conv"
@@ -147,12 +125,12 @@ class _DeformConv2d(_Replacement):
         return grad_input, grad_offset, grad_weight, *(None,) * 7
 
 
-class _ModulatedDeformConv2d(_Replacement):
+class _ModulatedDeformConv2d(Replacement):
     """All tensors are brought to the dtype of ``offset``, by mmcv's rule."""
 
     module = "modulated_deform_conv"
     name = "ModulatedDeformConv2dFunction"
-    accepts = _DeformConv2d.accepts
+    accepts = staticmethod(_DeformConv2d.accepts)
 
     @staticmethod
     def forward(
@@ -185,7 +163,7 @@ class _ModulatedDeformConv2d(_Replacement):
         return *gradients, grad_bias, *(None,) * 5
 
 
-class _MultiScaleDeformableAttn(_Replacement):
+class _MultiScaleDeformableAttn(Replacement):
     """The result has the dtype of ``value``, as in mmcv; fp32 locations and weights stay fp32."""
 
     module = "multi_scale_deform_attn"
@@ -232,7 +210,7 @@ def _pooling(ctx: Any) -> tuple:
     return ctx.output_size, ctx.spatial_scale, max(ctx.sampling_ratio, 0)
 
 
-class _DeformRoIPool(_Replacement):
+class _DeformRoIPool(Replacement):
     """The result has the dtype of ``input``; RoIs and fp32 offsets stay fp32."""
 
     module = "deform_roi_pool"
@@ -272,8 +250,8 @@ class _DeformRoIPool(_Replacement):
         return grad_input, None, None if offset is None else grad_offset, *(None,) * 4
 
 
-class _RoIAlign(_Replacement):
-    """Aligned averages are deformable RoI pooling without offsets."""
+class _RoIAlign(Replacement):
+    """Averages with ``aligned=True`` are deformable RoI pooling without offsets."""
 
     module = "roi_align"
     name = "RoIAlignFunction"
@@ -288,9 +266,15 @@ class _RoIAlign(_Replacement):
         pool_mode: str = "avg",
         aligned: bool = True,
     ) -> bool:
-        if pool_mode != "avg" or not aligned or input.dim() != 4:
+        # Not on a GPU: nobody has measured yet that it would be faster there.
+        if pool_mode != "avg" or not aligned or input.device.type != "cpu":
             return False
-        return _has_kernels(input) and input.shape[1] >= ROI_ALIGN_CHANNELS
+        images, _, height, width = input.shape
+        bins = rois.shape[0] * math.prod(_pair(output_size))
+        if bins * ROI_ALIGN_PIXELS_PER_BIN < images * height * width or not _has_kernels(input):
+            return False
+        # On the CPU mmcv refuses RoIs of negative size, and goes on doing so.
+        return torch.compiler.is_compiling() or bool((rois[:, 3:] >= rois[:, 1:3]).all())
 
     @staticmethod
     def forward(
@@ -321,39 +305,13 @@ class _RoIAlign(_Replacement):
         return grad_input, *(None,) * 6
 
 
-_REPLACEMENTS: tuple[type[_Replacement], ...] = (
+REPLACEMENTS: tuple[type[Replacement], ...] = (
     _DeformConv2d,
     _ModulatedDeformConv2d,
     _MultiScaleDeformableAttn,
     _DeformRoIPool,
     _RoIAlign,
 )
-
-
-def _replacing(
-    replacement: type[_Replacement], stock: type[Function]
-) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """``forward`` and ``backward`` that choose between ``replacement`` and mmcv's own."""
-    stock_forward, stock_backward = stock.forward, stock.backward
-
-    @functools.wraps(stock_forward)
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        if not replacement.accepts(*args):
-            return stock_forward(ctx, *args)
-        # Where backward is looked up: what ran forward also runs backward, whether or not
-        # accelerate was switched on or off in between.
-        ctx._forward_cls = replacement
-        return replacement.forward(ctx, *args)
-
-    # Only contexts of mmcv's own forward, and torch.compile, come by here.
-    @once_differentiable
-    @functools.wraps(stock_backward)
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        if ctx._forward_cls is replacement:
-            return replacement.gradients(ctx, grad_output)
-        return stock_backward(ctx, grad_output)
-
-    return forward, backward
 
 
 def attention_in_pytorch(
@@ -368,95 +326,10 @@ def attention_in_pytorch(
     The result has the dtype of ``value``; under autocast it is fp32 at least, as in mmcv, where
     autocast makes grid_sample compute in fp32.
     """
-    if not _has_kernels(value) or torch.jit.is_tracing():
+    exporting = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    if exporting or not _has_kernels(value):
         return stock(value, value_spatial_shapes, sampling_locations, attention_weights)
     if torch.is_autocast_enabled(value.device.type):
         value = value.to(torch.promote_types(value.dtype, torch.float32))
     shapes = torch.as_tensor(value_spatial_shapes, dtype=torch.long, device=value.device)
     return _run(ms_deform_attn, value, shapes, None, sampling_locations, attention_weights)
-
-
-def _attention_code(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    # Runs as mmcv's function, among mmcv's globals.
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch as function
-
-    from mmdeform.accelerate import attention_in_pytorch
-
-    return attention_in_pytorch(
-        function._mmdeform_stock,
-        value,
-        value_spatial_shapes,
-        sampling_locations,
-        attention_weights,
-    )
-
-
-def _function(replacement: type[_Replacement]) -> type[Function]:
-    """mmcv's autograd function."""
-    # import_module: mmcv.ops also has functions of the names of its modules.
-    return getattr(importlib.import_module(f"mmcv.ops.{replacement.module}"), replacement.name)
-
-
-def _attention() -> types.FunctionType:
-    module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
-    return module.multi_scale_deformable_attn_pytorch
-
-
-def is_enabled() -> bool:
-    """Whether mmcv's functions are replaced."""
-    return all(hasattr(owner, _STOCK) for owner in (*map(_function, _REPLACEMENTS), _attention()))
-
-
-def enable() -> None:
-    """Lets mmcv's functions compute with this package's operators; harmless if they do already.
-
-    Raises:
-        ImportError: mmcv is missing, or is installed without its operators.
-    """
-    first = not is_enabled()
-    disable()  # after a reload, what stands there is older than this module
-    for replacement in _REPLACEMENTS:
-        function = _function(replacement)
-        setattr(function, _STOCK, {name: vars(function)[name] for name in ("forward", "backward")})
-        forward, backward = _replacing(replacement, function)
-        function.forward, function.backward = staticmethod(forward), staticmethod(backward)
-    attention = _attention()
-    stock = types.FunctionType(
-        attention.__code__, attention.__globals__, attention.__name__, attention.__defaults__
-    )
-    setattr(attention, _STOCK, stock)
-    attention.__code__ = _attention_code.__code__
-    if first:
-        names = [*(replacement.name for replacement in _REPLACEMENTS), attention.__name__]
-        devices = [
-            f"{device} ({status.capability})"
-            for device, status in _library.status().items()
-            if status.loaded
-        ]
-        print_log(
-            f"mmdeform.accelerate: {', '.join(names)} of mmcv run mmdeform's kernels on "
-            f"{' and '.join(devices) or 'no device: no compiled library is loaded'}",
-            logger="current",
-        )
-
-
-def disable() -> None:
-    """Gives mmcv its own functions back; results computed before keep their backward pass."""
-    for replacement in _REPLACEMENTS:
-        function = _function(replacement)
-        if hasattr(function, _STOCK):
-            for name, method in getattr(function, _STOCK).items():
-                setattr(function, name, method)
-            delattr(function, _STOCK)
-    attention = _attention()
-    if hasattr(attention, _STOCK):
-        attention.__code__ = getattr(attention, _STOCK).__code__
-        delattr(attention, _STOCK)
-
-
-enable()
