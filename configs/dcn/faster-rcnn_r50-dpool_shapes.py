@@ -8,4 +8,7 @@ model = dict(
     )
 )
 # As in the paper: the layer that predicts offsets learns slowly.
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(offset_fc=dict(lr_mult=0.01))))
+optim_wrapper = dict(
+    constructor="mmdeform.OffsetLrConstructor",
+    paramwise_cfg=dict(offset=dict(roi=dict(lr_mult=0.01))),
+)

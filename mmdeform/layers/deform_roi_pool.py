@@ -153,7 +153,8 @@ class DeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.DeformRoIPoolPack):
 
     The offsets start as zero: at first the layer is RoIAlign. All layers that predict them are
     named ``offset_fc``, so that a config reaches their learning rate; the paper multiplies that of
-    its single one by 0.01: ``paramwise_cfg=dict(custom_keys={'offset_fc': dict(lr_mult=0.01)})``.
+    its single one by 0.01: ``paramwise_cfg=dict(offset=dict(roi=dict(lr_mult=0.01)))`` of
+    ``mmdeform.OffsetLrConstructor``.
 
     Args:
         output_size: Bins per RoI (Ph, Pw).

@@ -170,7 +170,8 @@ def without_operators(config: Config) -> dict:
     config.model.backbone.pop("dcn", None)
     config.model.backbone.pop("stage_with_dcn", None)
     config.model.roi_head.pop("bbox_roi_extractor")
-    config.optim_wrapper.paramwise_cfg.pop("custom_keys", None)
+    config.optim_wrapper.pop("constructor", None)
+    config.optim_wrapper.paramwise_cfg.pop("offset", None)
     return config.to_dict()
 
 

@@ -1,0 +1,5 @@
+"""Optimizer constructors."""
+
+from .offset_lr_constructor import OffsetLrConstructor
+
+__all__ = ["OffsetLrConstructor"]
