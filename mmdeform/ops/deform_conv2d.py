@@ -192,10 +192,10 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, mask, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second time
     grad_input, grad_offset, grad_mask, grad_weight = torch.ops.mmdeform.deform_conv2d_backward(
         grad_output,
-        *ctx.saved_tensors,
+        *saved,
         *ctx.geometry,
         torch.are_deterministic_algorithms_enabled(),
     )
@@ -203,7 +203,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return (
         grad_input,
         grad_offset,
-        None if mask is None else grad_mask,
+        None if saved[2] is None else grad_mask,
         grad_weight,
         grad_bias,
         *(None,) * 5,

@@ -224,14 +224,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second time
     grad_input, grad_offset = torch.ops.mmdeform.deform_ps_roi_pool_backward(
         grad_output,
-        *ctx.saved_tensors,
+        *saved,
         *ctx.geometry,
         torch.are_deterministic_algorithms_enabled(),
     )
-    has_offset = ctx.saved_tensors[2] is not None
-    return (grad_input, None, grad_offset if has_offset else None, *(None,) * 7)
+    return (grad_input, None, None if saved[2] is None else grad_offset, *(None,) * 7)
 
 
 register_gradient("deform_ps_roi_pool", _backward, _setup_context)

@@ -233,10 +233,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, offset, mask = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+    _, _, offset, mask = saved
     grad_input, grad_offset, grad_mask = torch.ops.mmdeform.deform_roi_pool_backward(
         grad_output,
-        *ctx.saved_tensors,
+        *saved,
         *ctx.geometry,
         torch.are_deterministic_algorithms_enabled(),
     )

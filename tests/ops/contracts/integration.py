@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .operator import TYPES, Arguments, Case, Operator, assert_near
 
@@ -136,6 +138,24 @@ class IntegrationContract(Operator):
             actual = compiled(arguments)
         assert actual.dtype == torch.bfloat16
         assert torch.equal(actual, expected)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_activation_checkpointing(self, reentrant: bool, device: str) -> None:
+        arguments = self.place(self.cases["asymmetric"].make(), TYPES["fp32"], device)
+        grad_output = self.grad_output(arguments)
+
+        def checkpointed(arguments: Arguments) -> Tensor:
+            return checkpoint(lambda *_: self.call(arguments), *leaves, use_reentrant=reentrant)
+
+        leaves = [arguments[key] for key in self.differentiable(arguments)]
+        results = []
+        for function in (self.call, checkpointed):
+            function(arguments).backward(grad_output)
+            results.append([leaf.grad for leaf in leaves])
+            for leaf in leaves:
+                leaf.grad = None
+        for got, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, expected)
 
     @pytest.mark.emulated
     def test_double_backward_is_refused(self, device: str) -> None:
