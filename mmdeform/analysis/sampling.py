@@ -10,16 +10,18 @@ Positions in an image are (x, y) in pixels; pixel i has its centre at i, as in t
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from torch import Tensor, nn
 
-from mmdeform.layers import DeformConv2dPack, ModulatedDeformConv2dPack
-from mmdeform.ops.deform_conv2d import sampling_positions
+from mmdeform.layers.dcn_base import DCNBase
+from mmdeform.layers.sampling import Sampling, deformable_layers, watch_sampling
 
-__all__ = ["LayerSampling", "offsets_to_locations", "record_sampling", "trace_points"]
+__all__ = ["LayerSampling", "record_sampling", "trace_points"]
+
+CONVOLUTIONS = (DeformConv2d, ModulatedDeformConv2d, DCNBase)
 
 
 @dataclass(frozen=True)
@@ -42,44 +44,14 @@ class LayerSampling:
     stride: tuple[float, float]
 
 
-def offsets_to_locations(
-    offset: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
-    """Turns the offsets of a deformable convolution into the places where it samples.
-
-    Args:
-        offset: Offsets in input pixels, shape (N, D*Kh*Kw*2, Ho, Wo), channels ordered as deform
-            group, tap (row-major), then (dy, dx).
-        kernel_size: (Kh, Kw).
-        stride: (vertical, horizontal).
-        padding: (vertical, horizontal).
-        dilation: (vertical, horizontal).
-
-    Returns:
-        Locations (x, y) in pixels of the layer's input, shape (N, D, Kh*Kw, Ho, Wo, 2).
-    """
-    points = 2 * kernel_size[0] * kernel_size[1]
-    if offset.shape[1] % points:
-        raise ValueError(
-            f"offset must have a multiple of 2 * {kernel_size[0]} * {kernel_size[1]} channels, "
-            f"but has shape {tuple(offset.shape)}"
-        )
-    y, x = sampling_positions(offset, kernel_size, stride, padding, dilation)
-    return torch.stack([x, y], dim=-1)
-
-
 @contextmanager
 def record_sampling(model: nn.Module) -> Iterator[dict[str, LayerSampling]]:
     """Records where the deformable convolutions of ``model`` sample while the block runs.
 
     Args:
-        model: A model with layers of ``mmdeform.layers`` that predict their own offsets, which is
-            called with a batch of images, shape (N, C, H, W), as its first argument or as
-            ``inputs`` (as mmdet's detectors call themselves). Locations refer to these images.
+        model: A model with deformable convolutions of any version, ours or mmcv's, which is called
+            with a batch of images, shape (N, C, H, W), as its first argument or as ``inputs`` (as
+            mmdet's detectors call themselves). Locations refer to these images.
 
     Yields:
         Sampling of each layer by its name, in the order in which the layers ran; of a layer that
@@ -88,27 +60,28 @@ def record_sampling(model: nn.Module) -> Iterator[dict[str, LayerSampling]]:
     Raises:
         ValueError: If the model has no such layer.
     """
-    packs = (DeformConv2dPack, ModulatedDeformConv2dPack)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, packs)}
-    if not layers:
+    if not any(isinstance(module, CONVOLUTIONS) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has no deformable convolution of mmdeform that predicts its "
-            "own offsets; configure one with type='mmdeform.DCN' or type='mmdeform.DCNv2'"
+            f"{type(model).__name__} has no deformable convolution; configure one with, for "
+            "example, type='mmdeform.DCNv2'"
         )
+    layers = {
+        name: layer
+        for name, layer in deformable_layers(model).items()
+        if isinstance(layer, CONVOLUTIONS)
+    }
     record: dict[str, LayerSampling] = {}
     image_size: list[int] = []
 
     def see_images(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         image_size[:] = (kwargs["inputs"] if "inputs" in kwargs else args[0]).shape[-2:]
 
-    def see_layer(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def see_layer(name: str, sampling: Sampling) -> None:
         record.pop(name, None)  # a later run goes to the end
-        record[name] = _layer_sampling(name, layer, inputs[0], image_size)
+        record[name] = _in_image(name, layers[name], sampling, image_size)
 
     hooks = [model.register_forward_pre_hook(see_images, with_kwargs=True)]
-    hooks += [
-        layer.register_forward_hook(partial(see_layer, name)) for name, layer in layers.items()
-    ]
+    hooks += watch_sampling(layers, see_layer)
     try:
         yield record
     finally:
@@ -116,26 +89,24 @@ def record_sampling(model: nn.Module) -> Iterator[dict[str, LayerSampling]]:
             hook.remove()
 
 
-@torch.no_grad()
-def _layer_sampling(
-    name: str, layer: nn.Module, x: Tensor, image_size: Sequence[int]
+def _in_image(
+    name: str, layer: Any, sampling: Sampling, image_size: Sequence[int]
 ) -> LayerSampling:
-    offset, mask = layer.predict_offset(x)
-    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     # The layers before have odd kernels and are padded by half of them: pixel i of the map stands
     # over pixel i * scale of the image, without a shift by half a pixel.
-    scale_y, scale_x = (
-        image / feature for image, feature in zip(image_size, x.shape[-2:], strict=True)
+    height, width = image_size
+    scale = sampling.size.new_tensor([width, height]) / sampling.size
+    weights = sampling.mask
+    if weights is None:
+        weights = torch.ones_like(sampling.locations[..., 0])
+    stride = scale * scale.new_tensor(layer.stride).flip(0)
+    return LayerSampling(
+        name,
+        sampling.locations * scale,
+        sampling.grid * scale,
+        weights,
+        (float(stride[0]), float(stride[1])),
     )
-    scale = offset.new_tensor([scale_x, scale_y])
-    locations = offsets_to_locations(offset, *geometry) * scale
-    points = 2 * layer.kernel_size[0] * layer.kernel_size[1]
-    grid = offsets_to_locations(torch.zeros_like(offset[:1, :points]), *geometry) * scale
-    weights = (
-        torch.ones_like(locations[..., 0]) if mask is None else mask.view(locations.shape[:-1])
-    )
-    stride = (scale_x * layer.stride[1], scale_y * layer.stride[0])
-    return LayerSampling(name, locations, grid, weights, stride)
 
 
 def trace_points(

@@ -5,38 +5,16 @@ import torch
 from torch import nn
 
 pytest.importorskip("mmcv.ops")
-from mmdeform.analysis.sampling import offsets_to_locations, record_sampling, trace_points
-from mmdeform.layers import DeformConv2dPack, DeformRoIPoolPack, ModulatedDeformConv2dPack
-from mmdeform.ops import deform_conv2d
+from mmcv.ops import ModulatedDeformConv2dPack as MmcvDCNv2
 
-GEOMETRY = dict(stride=(2, 1), padding=(1, 0), dilation=(1, 2))
-
-
-def test_locations_are_where_the_operator_reads() -> None:
-    # Two ramps, one channel of x and one of y: what a tap samples of them is its location.
-    height, width, kernel, groups = 30, 26, (3, 2), 2
-    y, x = torch.meshgrid(
-        torch.arange(height).double(), torch.arange(width).double(), indexing="ij"
-    )
-    ramps = torch.stack([x, y]).repeat(groups, 1, 1)[None]
-    taps = kernel[0] * kernel[1]
-    plain = nn.functional.conv2d(ramps[:, :1], torch.ones(1, 1, *kernel).double(), **GEOMETRY)
-    offset = torch.rand(1, groups * taps * 2, *plain.shape[-2:]).double() * 3 - 1.5
-    weight = torch.eye(2 * groups * taps).view(-1, 2 * groups, *kernel).double()
-    # Output channel (group, axis, tap) reads one tap of one ramp.
-    read = deform_conv2d(ramps, offset, weight, **GEOMETRY)
-    read = read.view(groups, 2, taps, *read.shape[-2:]).permute(0, 2, 3, 4, 1)
-
-    locations = offsets_to_locations(offset, kernel, *GEOMETRY.values())
-    assert locations.shape == (1, groups, taps, *plain.shape[-2:], 2)
-    inside = ((locations >= 0) & (locations <= torch.tensor([width - 1, height - 1]))).all(-1)[0]
-    assert inside.float().mean() > 0.7
-    torch.testing.assert_close(read[inside], locations[0][inside])
-
-
-def test_offsets_of_another_kernel_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"multiple of 2 \* 3 \* 3 channels.*\(1, 8, 4, 4\)"):
-        offsets_to_locations(torch.zeros(1, 8, 4, 4), (3, 3), (1, 1), (1, 1), (1, 1))
+from mmdeform.analysis.sampling import record_sampling, trace_points
+from mmdeform.layers import (
+    DCNv3,
+    DCNv4,
+    DeformConv2dPack,
+    DeformRoIPoolPack,
+    ModulatedDeformConv2dPack,
+)
 
 
 class Stack(nn.Module):
@@ -105,6 +83,18 @@ def test_version_1_weighs_all_points_equally() -> None:
     assert torch.equal(layer.weights, torch.ones(2, 2, 9, 5, 7))
 
 
+@pytest.mark.parametrize("kind", [DCNv3, DCNv4, MmcvDCNv2])
+def test_other_classes_are_recorded_alike(kind: type) -> None:
+    with record_sampling(model := kind(4, 4, 3, stride=2, padding=1)) as layers:
+        model(torch.zeros(2, 4, 12, 16))
+    (layer,) = layers.values()
+    assert layer.stride == (2, 2)
+    assert layer.locations.shape == (2, 1, 9, 6, 8, 2) and layer.weights.shape == (2, 1, 9, 6, 8)
+    points, _ = trace_points([layer], x=4, y=6)
+    expected = {(x, y) for x in (3, 4, 5) for y in (5, 6, 7)}
+    assert {tuple(point) for point in points.int().tolist()} == expected
+
+
 def test_points_outside_a_map_end_there() -> None:
     with record_sampling(model := Stack()) as layers:
         model(torch.zeros(1, 1, 64, 48))
@@ -125,7 +115,7 @@ def test_hooks_are_removed_also_after_an_error() -> None:
 
 @pytest.mark.parametrize("module", [nn.Linear(1, 1), DeformRoIPoolPack(2, 1, head="paper")])
 def test_models_without_a_deformable_convolution_are_refused(module: nn.Module) -> None:
-    message = f"{type(module).__name__} has no deformable convolution of mmdeform"
+    message = f"{type(module).__name__} has no deformable convolution"
     with pytest.raises(ValueError, match=message), record_sampling(module):
         pass
 
