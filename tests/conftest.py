@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -53,6 +54,14 @@ def kernel_device(device: str) -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def stock_mmcv() -> None:
+    """Every test starts with mmcv's own functions, whatever was imported before."""
+    accelerate = sys.modules.get("mmdeform.accelerate")
+    if accelerate is not None:
+        accelerate.disable()
 
 
 @pytest.fixture

@@ -329,7 +329,15 @@ def attention_in_pytorch(
     exporting = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
     if exporting or not _has_kernels(value):
         return stock(value, value_spatial_shapes, sampling_locations, attention_weights)
+    shapes = torch.as_tensor(value_spatial_shapes, dtype=torch.long, device=value.device)
+    # As mmcv; on a GPU it would wait for the device, and the kernel only minds too few tokens.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        tokens = int(shapes.prod(1).sum())
+        if value.shape[1] != tokens:
+            raise RuntimeError(
+                f"value: expected S = {tokens} tokens for value_spatial_shapes {shapes.tolist()}, "
+                f"got {value.shape[1]}"
+            )
     if torch.is_autocast_enabled(value.device.type):
         value = value.to(torch.promote_types(value.dtype, torch.float32))
-    shapes = torch.as_tensor(value_spatial_shapes, dtype=torch.long, device=value.device)
     return _run(ms_deform_attn, value, shapes, None, sampling_locations, attention_weights)
