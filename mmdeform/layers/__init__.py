@@ -12,6 +12,7 @@ from .deform_ps_roi_pool import DeformPSRoIPool, DeformPSRoIPoolPack
 from .deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
 from .ms_deform_attn import MultiScaleDeformableAttention
 from .offset_layers import OffsetConv2d, OffsetLinear
+from .single_level_deform_attn import SingleLevelDeformableAttention
 
 __all__ = [
     "DCNv3",
@@ -28,4 +29,5 @@ __all__ = [
     "MultiScaleDeformableAttention",
     "OffsetConv2d",
     "OffsetLinear",
+    "SingleLevelDeformableAttention",
 ]
