@@ -1,10 +1,14 @@
 """Every shipped config builds; every small one trains; tables and metafiles name what is there."""
 
+import copy
+import functools
 import importlib.util
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import get_installed_path
 
+from mmdeform import typed_attention
 from mmdeform.layers import (
     DCNv3,
     DCNv4,
@@ -29,6 +34,7 @@ from mmdeform.layers import (
     MultiScaleDeformableAttention,
     OffsetConv2d,
     OffsetLinear,
+    SingleLevelDeformableAttention,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +43,12 @@ SMALL = [path for path in CONFIGS if path.stem.endswith("_shapes")]
 FAMILIES = sorted(path.parent for path in (ROOT / "configs").glob("*/metafile.yml"))
 MMDET_CONFIGS = Path(get_installed_path("mmdet"), ".mim", "configs")
 COUNTERPARTS = sorted(
-    path for name in ("dcn", "dcnv2") for path in MMDET_CONFIGS.glob(f"{name}/*.py")
+    path
+    for name in ("dcn", "dcnv2", "deformable_detr", "dino")
+    for path in MMDET_CONFIGS.glob(f"{name}/*.py")
 )
+TRANSFORMERS = [path for path in CONFIGS if path.parent.name in ("deformable_detr", "dino")]
+PAPER = [p for p in TRANSFORMERS if p.stem.startswith("deformable") and p.stem.endswith("_coco")]
 # The class that a word in a config's name promises.
 LAYERS = {
     "dconv": DeformConv2dPack,
@@ -48,6 +58,7 @@ LAYERS = {
     "dcnv3": DCNv3,
     "dcnv4": DCNv4,
     "deformable": MultiScaleDeformableAttention,
+    "dino": MultiScaleDeformableAttention,
 }
 
 
@@ -55,16 +66,32 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
+@functools.cache
+def built_on_meta(path: Path) -> tuple[Config, torch.nn.Module]:
+    """A config and its model, without memory for the weights."""
+    cfg = Config.fromfile(path)
+    init_default_scope("mmdet")
+    # Swin reads the values of its linspace.
+    linspace = functools.partial(torch.linspace, device="cpu")
+    with torch.device("meta"), patch.object(torch, "linspace", linspace):
+        return cfg, MODELS.build(copy.deepcopy(cfg.model))
+
+
 def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
     """The deformable layers that a config's name promises: their class and number."""
     words = re.split("[-_]", path.stem)
-    if "deformable" in words:
-        count = model.encoder.num_layers + model.decoder.num_layers
-    elif {"dpool", "mdpool"} & set(words):
-        count = 4  # one per level of the pyramid
-    else:  # the 3x3 convolutions of c3 to c5
-        count = 30 if {"r101", "x101"} & set(words) else 13
-    return {LAYERS[word]: count for word in words if word in LAYERS}
+    counts: Counter[type] = Counter()
+    for word in set(words) & set(LAYERS):
+        if word in ("deformable", "dino"):
+            separate = "ms-inputs" in path.stem
+            encoder = SingleLevelDeformableAttention if separate else LAYERS[word]
+            counts[encoder] += model.encoder.num_layers
+            counts[LAYERS[word]] += model.decoder.num_layers
+        elif word in ("dpool", "mdpool"):
+            counts[LAYERS[word]] = 4  # one per level of the pyramid
+        else:  # the 3x3 convolutions of c3 to c5
+            counts[LAYERS[word]] = 30 if {"r101", "x101"} & set(words) else 13
+    return counts
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -93,6 +120,14 @@ def without_scope(config: Any) -> Any:
     return config.removeprefix("mmdeform.") if isinstance(config, str) else config
 
 
+@pytest.fixture(autouse=True)
+def enabled_typed_attention() -> Iterator[None]:
+    # A config imports it, but another test may have disabled it since the first import.
+    typed_attention.enable()
+    yield
+    typed_attention.disable()
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = importlib.util.spec_from_file_location("make_shapes", ROOT / "tools" / "make_shapes.py")
@@ -105,19 +140,17 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_configs_are_found() -> None:
     names = {name_of(path) for path in CONFIGS}
-    assert len(names) >= 33
+    assert len(names) >= 56
     assert {"dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "dcnv2/mask-rcnn_r50_shapes"} < names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_config_builds(path: Path) -> None:
-    cfg = Config.fromfile(path)
-    assert cfg.custom_imports == dict(imports=["mmdeform"], allow_failed_imports=False)
+    cfg, model = built_on_meta(path)
+    imports = ["mmdeform", "mmdeform.typed_attention"][: 2 if path.parent.name == "dino" else 1]
+    assert cfg.custom_imports == dict(imports=imports, allow_failed_imports=False)
     assert cfg.default_scope == "mmdet"
     assert Config.fromstring(cfg.pretty_text, ".py").to_dict() == cfg.to_dict()
-    init_default_scope("mmdet")
-    with torch.device("meta"):
-        model = MODELS.build(cfg.model)
     assert Counter(map(type, layers_of(model))) == expected_layers(path, cfg.model)
 
 
@@ -125,6 +158,9 @@ def test_config_builds(path: Path) -> None:
 def test_counterpart_differs_from_mmdets_in_the_operators_only(path: Path) -> None:
     ours = without_scope(Config.fromfile(ROOT / "configs" / path.parent.name / path.name).to_dict())
     assert ours.pop("custom_imports")
+    if ours.pop("attention", None):
+        for coder, name in (("encoder", "self_attn_cfg"), ("decoder", "cross_attn_cfg")):
+            del ours["model"][coder]["layer_cfg"][name]["type"]
     assert ours == without_scope(Config.fromfile(path).to_dict())
 
 
@@ -191,15 +227,71 @@ def test_twins_differ_in_their_operators_only(path: Path) -> None:
     ],
 )
 def test_offsets_learn_at_the_rates_of_the_papers(name: str, key: str, multiplier: float) -> None:
-    cfg = Config.fromfile(ROOT / f"configs/{name}.py")
-    init_default_scope("mmdet")
-    with torch.device("meta"):
-        model = MODELS.build(cfg.model)
+    cfg, model = built_on_meta(ROOT / f"configs/{name}.py")
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for parameter_name, parameter in model.named_parameters():
         expected = cfg.optim_wrapper.optimizer.lr * (multiplier if key in parameter_name else 1)
         assert rates[id(parameter)] == pytest.approx(expected), parameter_name
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name_of)
+def test_deformable_detr_has_the_settings_of_the_paper(path: Path) -> None:
+    cfg, model = built_on_meta(path)
+    words = set(path.stem.replace("_", "-").split("-"))
+    assert cfg.model.num_queries == 300
+    assert cfg.model.with_box_refine == ("refine" in words)
+    assert cfg.model.as_two_stage == ("twostage" in words)
+    levels = 1 if "single" in words else 4
+    assert model.level_embed.shape == (levels, 256)
+    for layer in layers_of(model):
+        if isinstance(layer, MultiScaleDeformableAttention):
+            own_level = isinstance(layer, SingleLevelDeformableAttention)
+            assert layer.num_heads == 8
+            assert layer.num_points == (1 if "k1" in words else 4)
+            assert layer.num_levels == (1 if own_level else levels)
+    norms = [m for m in model.neck.modules() if isinstance(m, torch.nn.GroupNorm)]
+    # FPN has two convolutions per backbone level, and one more for C6.
+    assert [norm.num_groups for norm in norms] == [32] * (7 if "fpn" in words else levels)
+
+    head, assigner = model.bbox_head, model.bbox_head.assigner
+    for losses in (
+        [head.loss_cls.loss_weight, head.loss_bbox.loss_weight, head.loss_iou.loss_weight],
+        [cost.weight for cost in assigner.match_costs],
+    ):
+        assert losses == [2, 5, 2]
+
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    assert type(optim_wrapper.optimizer) is torch.optim.AdamW
+    assert optim_wrapper.clip_grad_kwargs["max_norm"] == 0.1
+    groups = optim_wrapper.optimizer.param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    slow = re.compile(r"^backbone\.|sampling_offsets|reference_points")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = 2e-5 if slow.search(name) else 2e-4
+            assert rates[id(parameter)] == pytest.approx(rate), name
+    assert cfg.train_cfg.max_epochs == 50
+    assert cfg.auto_scale_lr.base_batch_size == 32
+    (scheduler,) = cfg.param_scheduler
+    assert scheduler.type == "MultiStepLR" and scheduler.gamma == 0.1
+    assert scheduler.milestones == [40]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in TRANSFORMERS if path.stem.endswith("_shapes")], ids=name_of
+)
+def test_small_transformers_are_trained_alike(path: Path) -> None:
+    reference = ROOT / "configs/deformable_detr/deformable-detr-refine_r50_shapes.py"
+    ours, theirs = Config.fromfile(path).to_dict(), Config.fromfile(reference).to_dict()
+    assert ours["model"]["test_cfg"] == theirs["model"]["test_cfg"]
+    differing = ["model", "custom_imports", "attention", "embed_dims"]
+    if path.stem == "deformable-detr_r50_shapes":
+        assert ours["model"] == theirs["model"]
+        differing = ["max_epochs", "train_cfg", "param_scheduler"]
+    for key in differing:
+        ours.pop(key, None), theirs.pop(key, None)
+    assert ours == theirs
 
 
 def test_every_family_is_documented() -> None:
@@ -234,10 +326,11 @@ def test_readme_table_agrees_with_the_metafile(family: Path) -> None:
     for model in yaml.safe_load((family / "metafile.yml").read_text())["Models"]:
         row = rows[model["Name"]]
         for result in model.get("Results", []):
-            # A number that was published elsewhere and not reproduced here carries a star.
-            star = "" if result["Dataset"] == "shapes" else "*"
+            # A number that was published elsewhere and not reproduced here carries a mark.
+            mark = "" if result["Dataset"] == "shapes" else "[*†‡]"
             for value in result["Metrics"].values():
-                assert f"| {value}{star} |" in row, f"{value} of {model['Name']} in {row}"
+                cell = rf"\| {re.escape(str(value))}{mark} \|"
+                assert re.search(cell, row), f"{value} of {model['Name']} in {row}"
 
 
 def test_training_data_is_named_as_it_is_made() -> None:

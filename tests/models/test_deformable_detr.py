@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmdeform.layers import MultiScaleDeformableAttention
+from mmdeform.layers import MultiScaleDeformableAttention, SingleLevelDeformableAttention
 
 CONFIG = Path(__file__).parents[2] / "configs/deformable_detr/deformable-detr_r50_shapes.py"
 
@@ -26,9 +26,12 @@ def attention_types(detector: torch.nn.Module) -> list[type]:
     return [type(m) for m in detector.modules() if isinstance(m, MMCVAttention)]
 
 
-@pytest.mark.parametrize("variant", ["", "-refine", "-refine-twostage"])
+@pytest.mark.parametrize(
+    "variant",
+    ["_r50", "-refine_r50", "-refine-twostage_r50", "-single-scale-k1_r50", "_r50_fpn"],
+)
 def test_same_weights_give_mmdets_output(variant: str) -> None:
-    cfg = Config.fromfile(CONFIG.parent / f"deformable-detr{variant}_r50_16xb2-50e_coco.py").model
+    cfg = Config.fromfile(CONFIG.parent / f"deformable-detr{variant}_16xb2-50e_coco.py").model
     cfg.backbone.init_cfg = None
     cfg.num_queries = 20  # of about 130 tokens of the images below
     cfg.encoder.num_layers = cfg.decoder.num_layers = 2
@@ -56,6 +59,42 @@ def samples() -> list:
 
     meta = dict(batch_input_shape=(96, 64), img_shape=(96, 64))
     return [DetDataSample(metainfo=meta), DetDataSample(metainfo=dict(meta, img_shape=(80, 50)))]
+
+
+@pytest.mark.parametrize("points", [1, 4])
+def test_levels_of_the_encoder_are_apart_without_multi_scale_attention(points: int) -> None:
+    name = f"deformable-detr-ms-inputs-k{points}_r50_16xb2-50e_coco.py"
+    cfg = Config.fromfile(CONFIG.parent / name).model
+    cfg.backbone.init_cfg = None
+    cfg.encoder.num_layers = cfg.decoder.num_layers = 2
+    init_default_scope("mmdet")
+    detector = MODELS.build(cfg).eval()
+    detector.init_weights()
+    assert attention_types(detector.encoder) == [SingleLevelDeformableAttention] * 2
+    assert attention_types(detector.decoder) == [MultiScaleDeformableAttention] * 2
+    sizes = [(12, 8), (6, 4), (3, 2), (2, 1)]
+    torch.manual_seed(0)
+    features = [torch.randn(2, 256, *size) for size in sizes]
+    with torch.no_grad():
+        memories = []
+        for shift in (0, 1):
+            features[1][:] += shift
+            inputs, _ = detector.pre_transformer(features, samples())
+            memories.append(detector.forward_encoder(**inputs)["memory"])
+        changed = (memories[0] != memories[1]).any(-1)[0]
+        assert changed.nonzero()[:, 0].tolist() == list(range(96, 96 + 24))
+        scores = detector(torch.randn(2, 3, 96, 64), samples(), mode="tensor")[0]
+    assert scores.shape == (2, 2, 300, 80) and scores.isfinite().all()
+
+
+def test_two_stages_with_any_number_of_channels() -> None:
+    name = "deformable-detr-refine-twostage_r50_shapes.py"
+    detector = MODELS.build(Config.fromfile(CONFIG.parent / name).model)
+    proposals = torch.randn(2, 5, 4)
+    encoded = detector.get_proposal_pos_embed(proposals)
+    assert encoded.shape == (2, 5, 2 * 128)
+    x = proposals[0, 0, 0].sigmoid() * 2 * torch.pi  # the first wave of the first coordinate
+    torch.testing.assert_close(encoded[0, 0, :2], torch.stack([x.sin(), x.cos()]))
 
 
 def test_attention_is_chosen_by_the_config() -> None:

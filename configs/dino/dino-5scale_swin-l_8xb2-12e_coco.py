@@ -1,0 +1,7 @@
+_base_ = "mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py"
+custom_imports = dict(imports=["mmdeform", "mmdeform.typed_attention"], allow_failed_imports=False)
+attention = dict(type="mmdeform.MultiScaleDeformableAttention")
+model = dict(
+    encoder=dict(layer_cfg=dict(self_attn_cfg=attention)),
+    decoder=dict(layer_cfg=dict(cross_attn_cfg=attention)),
+)
