@@ -3,15 +3,17 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+FORKS ?= .venv-forks
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install build demo test asan lint format bench wheel clean
+.PHONY: help install build demo test test-forks asan lint format bench wheel clean
 
 help:
 	@echo "make demo   train and evaluate a deformable detector on the CPU (about 15 minutes)"
 	@echo "make test   run every test"
+	@echo "make test-forks  run the tests of layers and detectors on the forks onedl-mm*"
 	@echo "make asan   run the operator tests under AddressSanitizer"
 	@echo "make lint   ruff, mypy and clang-format, as pre-commit runs them"
 	@echo "make format rewrite the sources in the house style"
@@ -25,7 +27,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install "setuptools>=70,<81" wheel ninja
 	$(BIN)/pip install --no-build-isolation -r requirements.txt
-	$(BIN)/pip install --no-build-isolation -e ".[mmdet,tools,test]"
+	$(BIN)/pip install --no-build-isolation -e ".[mmdet,tools,mim,test]"
+	$(BIN)/pip install --no-deps openmim==0.3.9
 	touch $@
 
 install: $(INSTALLED)
@@ -39,6 +42,23 @@ demo: build
 # Threads that wait by spinning would slow each other down where cores are shared.
 test: build
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests
+
+# The same detectors on the maintained forks of mmengine, mmcv and mmdet, in a second environment.
+# What needs torch alone is left to `make test`.
+FORK_TESTS := tests/accelerate tests/configs tests/engine tests/families tests/layers tests/models \
+  tests/projects tests/tools/test_training.py tests/test_*.py
+
+test-forks: $(FORKS)/.installed
+	$(FORKS)/bin/python setup.py --quiet build_ext --inplace
+	OMP_WAIT_POLICY=PASSIVE $(FORKS)/bin/python -m pytest $(wildcard $(FORK_TESTS))
+
+$(FORKS)/.installed: requirements-forks.txt pyproject.toml
+	test -x $(FORKS)/bin/python || $(PYTHON) -m venv $(FORKS)
+	$(FORKS)/bin/pip install "$(TORCH)"
+	$(FORKS)/bin/pip install "setuptools>=70" wheel ninja
+	$(FORKS)/bin/pip install --no-build-isolation -r requirements-forks.txt
+	$(FORKS)/bin/pip install --no-build-isolation -e ".[tools,test]"
+	touch $@
 
 # The interpreter is not built with AddressSanitizer, so its runtime is loaded first; leaks of the
 # interpreter itself are not ours to report.
@@ -71,7 +91,9 @@ $(VENV)/.linters: $(INSTALLED)
 bench: build
 	$(BIN)/python tools/benchmark_ops.py --device cpu
 
+# Without what an earlier build left behind: files that are gone would go into the wheel.
 wheel: build
+	rm -rf build/lib*
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:

@@ -1,4 +1,4 @@
-"""Repairs that let mmengine 0.10 run on current torch versions.
+"""Repairs that let mmengine 0.10 run on current torch versions and find this package's configs.
 
 ``import mmdeform`` applies them; a config needs nothing but its ``custom_imports``. Each repair
 names the failure it removes, changes nothing else, can be applied any number of times, and does
@@ -10,11 +10,18 @@ import functools
 import importlib.util
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["allow_mmengine_checkpoints", "enable_cpu_distributed_training"]
+__all__ = [
+    "allow_mmengine_checkpoints",
+    "enable_cpu_distributed_training",
+    "enable_own_configs_as_base",
+]
+
+CONFIGS = Path(__file__).resolve().parent / ".mim" / "configs"
 
 
 def _apply() -> None:
@@ -29,6 +36,7 @@ def _apply() -> None:
     try:
         allow_mmengine_checkpoints()
         enable_cpu_distributed_training()
+        enable_own_configs_as_base()
     except ImportError as error:
         warnings.warn(
             f"mmengine is installed but cannot be imported ({error}); mmdeform's operators work, "
@@ -130,6 +138,42 @@ def _no_device_ids_on_cpu(init: Any) -> Any:
         if all(parameter.device.type == "cpu" for parameter in module.parameters()):
             kwargs["device_ids"] = None
         init(self, module, *args, **kwargs)
+
+    return wrapper
+
+
+def enable_own_configs_as_base() -> None:
+    """Let configs inherit with ``_base_ = 'mmdeform::<family>/<config>.py'``.
+
+    Failure: mmengine knows the projects whose configs can be inherited by name, and this is none of
+    them (``mmengine does not support to load mmdeform config``). It also looks them up where pip
+    put the distribution, which for an editable installation is not where the package is.
+
+    The configs behave as mmdet's: their types are found in the scope ``mmdet`` unless they say
+    otherwise, whatever the ``default_scope``.
+    """
+    from mmengine.config import Config
+
+    if not hasattr(Config._get_cfg_path, "__wrapped__"):
+        Config._get_cfg_path = staticmethod(_knowing_own_configs(Config._get_cfg_path))
+
+
+def _knowing_own_configs(get_cfg_path: Any) -> Any:
+    @functools.wraps(get_cfg_path)
+    def wrapper(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        package, separator, name = cfg_path.partition("::")
+        if not separator or package != "mmdeform":
+            return get_cfg_path(cfg_path, filename)
+        path = CONFIGS / name
+        if not path.is_file():
+            family = name.partition("/")[0]
+            there = sorted(f"{file.parent.name}/{file.name}" for file in CONFIGS.glob("[!_]*/*.py"))
+            of_family = [config for config in there if config.startswith(f"{family}/")]
+            raise FileNotFoundError(
+                f"_base_ = '{cfg_path}' in {filename}: expected a config of mmdeform, one of "
+                f"{of_family or there}, but got '{name}'"
+            )
+        return str(path), "mmdet"
 
     return wrapper
 

@@ -1,5 +1,6 @@
 """Finds the command line tools that the installed mmdet brings along, and runs them unchanged."""
 
+import importlib
 import importlib.util
 import runpy
 import sys
@@ -43,11 +44,6 @@ def run_mmdet_tool(name: str) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     if importlib.util.find_spec("mmdeform") is None:
         sys.exit(f"{Path(sys.argv[0]).name}: mmdeform is not installed; run: pip install -e .")
+    # Before the config is read: its `_base_` may be one of mmdeform's configs.
+    importlib.import_module("mmdeform")
     runpy.run_path(str(tool), run_name="__main__")
-
-
-if __name__ == "__main__":  # for shell scripts: print where the tool is
-    try:
-        print(find_mmdet_tool(sys.argv[1]))
-    except (FileNotFoundError, IndexError) as error:
-        sys.exit(f"usage: mmdet_tool.py NAME ({error})")
