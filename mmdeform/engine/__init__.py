@@ -1,5 +1,6 @@
 """What a config adds to training: hooks and optimizer constructors."""
 
+from .hooks import OffsetStatsHook, OffsetWarmupHook
 from .optimizers import OffsetLrConstructor
 
-__all__ = ["OffsetLrConstructor"]
+__all__ = ["OffsetLrConstructor", "OffsetStatsHook", "OffsetWarmupHook"]
