@@ -213,11 +213,21 @@ class MultiScaleDeformableAttention(mmcv_msda.MultiScaleDeformableAttention):
         if key_padding_mask is not None:
             value = value.masked_fill(key_padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))
-        output = ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+        output = self._sample(value, spatial_shapes, level_start_index, locations, weights)
         output = self.output_proj(output)
         if not self.batch_first:
             output = output.transpose(0, 1)
         return self.dropout(output) + identity
+
+    def _sample(
+        self,
+        value: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor | None,
+        locations: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
 
     @staticmethod
     def _check_tokens(value: Tensor, spatial_shapes: Tensor) -> None:

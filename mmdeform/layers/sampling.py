@@ -32,6 +32,7 @@ from mmdeform.ops.deform_conv2d import sampling_positions as conv_positions
 from .dcn_base import DCNBase
 from .dcnv4 import DCNv4
 from .deform_ps_roi_pool import DeformPSRoIPool, DeformPSRoIPoolPack
+from .single_level_deform_attn import SingleLevelDeformableAttention
 
 __all__ = [
     "Sampling",
@@ -71,7 +72,7 @@ class Sampling:
         grid: The locations without offsets, of a shape that broadcasts to (*S, 2); for attention
             the reference points.
         size: (width, height) of the sampled map, of a shape that broadcasts to (*S, 2): attention
-            has one for each level.
+            has one for each level, or for each query where a query samples its own level only.
         mask: Weight of each sample, shape S; None where the layer has none.
         weighting: What the weights are: 'none'; 'sigmoid': each in (0, 1) by itself; 'softmax':
             they sum to 1 over ``sample_dims``; 'linear': any number.
@@ -303,6 +304,39 @@ def _attention(
     locations = locations * size - 0.5
     points = reference_points[:, :, None, :, None, :2]
     grid = points.to(locations.dtype) * size - 0.5
+    return Sampling(
+        offset=locations - grid,
+        locations=locations,
+        grid=grid,
+        size=size,
+        mask=weights,
+        weighting="softmax",
+        sample_dims=(3, 4),
+    )
+
+
+@sampling_of.register(SingleLevelDeformableAttention)
+def _single_level_attention(
+    module: Any,
+    query: Tensor,
+    reference_points: Tensor,
+    spatial_shapes: Tensor,
+    query_pos: Tensor | None = None,
+    **_: Any,
+) -> Sampling:
+    if query_pos is not None:
+        query = query + query_pos
+    if not module.batch_first:
+        query = query.transpose(0, 1)
+    locations, weights = module.predict_sampling(query, reference_points, spatial_shapes)
+    sizes = module.level_sizes(spatial_shapes)
+    points = reference_points.expand(-1, sum(sizes), len(sizes), -1)[..., :2].split(sizes, 1)
+    own_points = torch.cat([points[level][:, :, level] for level in range(len(sizes))], 1)
+    tokens = torch.tensor(sizes, device=query.device)
+    size = spatial_shapes.flip(-1).to(locations.dtype).repeat_interleave(tokens, 0)
+    size = size[:, None, None, None]  # (Lq, 1, 1, 1, 2)
+    locations = locations * size - 0.5
+    grid = own_points[:, :, None, None, None].to(locations.dtype) * size - 0.5
     return Sampling(
         offset=locations - grid,
         locations=locations,

@@ -6,12 +6,12 @@ authors released no code for it; this is the attention of one level (L = 1), app
 Source: Zhu et al., "Deformable DETR" (2021), https://arxiv.org/abs/2010.04159, table 2.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmdeform.ops import ms_deform_attn
 from mmdeform.registry import MODELS
 
 from .ms_deform_attn import MultiScaleDeformableAttention
@@ -23,17 +23,19 @@ __all__ = ["SingleLevelDeformableAttention"]
 class SingleLevelDeformableAttention(MultiScaleDeformableAttention):
     """Self-attention over feature maps of several sizes that does not mix them.
 
-    Takes the place of ``MultiScaleDeformableAttention`` in an encoder, where every token of every
-    level is a query. A query of level l samples P points of level l, and its weights are softmaxed
-    over these P. All levels share one set of parameters, as in multi-scale attention. With P = 1
-    the one weight is always 1, and ``attention_weights`` learns nothing.
+    Takes the place of ``MultiScaleDeformableAttention`` in an encoder, where the queries are the
+    tokens of all levels, one level after the other: Lq = S. A query of level l samples P points of
+    level l, and its weights are softmaxed over these P. Feature maps of any number and size can be
+    given. The layer is called as ``MultiScaleDeformableAttention`` is; of a query's L reference
+    points the one of its level counts, and ``level_start_index`` is not used.
 
-    State dict: the names of ``MultiScaleDeformableAttention`` and its shapes for L = 1, that is
-    ``sampling_offsets`` (M*P*2, C), ``attention_weights`` (M*P, C), ``value_proj`` and
-    ``output_proj``. Feature maps of any number and size can be given.
+    All levels share one set of parameters, as in multi-scale attention. The state dict has its
+    names, and its shapes for L = 1: ``sampling_offsets`` (M*P*2, C), ``attention_weights``
+    (M*P, C), ``value_proj`` and ``output_proj``. With P = 1 the one weight is always 1, and
+    ``attention_weights`` learns nothing.
 
-    The sizes of the maps are read on the host, so that each call waits for the device, and
-    ``torch.compile`` breaks its graph here.
+    The sizes of the maps are read on the host: a call waits for the device, and ``torch.compile``
+    breaks its graph here.
 
     Args:
         num_levels: Levels that one query samples. Default and only value: 1.
@@ -52,92 +54,75 @@ class SingleLevelDeformableAttention(MultiScaleDeformableAttention):
             )
         super().__init__(num_levels=1, **kwargs)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        identity: Tensor | None = None,
-        query_pos: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        level_start_index: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Attends to the level of each query.
+    def predict_sampling(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts where each query samples its level and how it weighs the samples.
 
         Args:
-            query: Tokens of all levels, one level after the other, shape (S, N, C), or (N, S, C) if
-                ``batch_first``.
-            key: Unused; part of the interface of attention layers.
-            value: Shape of ``query``. Default: ``query``.
-            identity: Added to the output, shape of ``query``. Default: ``query``.
-            query_pos: Positional encoding added to ``query``, but not to ``identity``.
-            key_padding_mask: True where a token is padding and counts as zero, shape (N, S).
+            query: Tokens of all levels with their positional encoding added, shape (N, S, C).
             reference_points: Normalised to [0, 1] over the padded image, shape (N, S, L, 2) as
-                (x, y), or (N, S, L, 4) as (x, y, w, h); of a query the entry of its level is used.
-            spatial_shapes: (H, W) of each level, int64, shape (L, 2).
-            level_start_index: Unused: levels follow one another.
-            **kwargs: Ignored; layers of mmdet pass more.
+                (x, y), or (N, S, L, 4) as (x, y, w, h).
+            spatial_shapes: (H, W) of each level, shape (L, 2).
 
         Returns:
-            Shape and layout of ``query``.
+            Sampling locations (x, y) normalised to [0, 1] over the level of the query, shape
+            (N, S, M, 1, P, 2), and attention weights, shape (N, S, M, 1, P).
 
         Raises:
             ValueError: A shape does not fit, such as that of queries which are not the tokens of
-                the levels (cross-attention); names the argument.
+                the levels (cross-attention).
         """
-        value = query if value is None else value
-        identity = query if identity is None else identity
-        axis = 1 if self.batch_first else 0  # of the tokens
-        sizes = self._level_sizes(query.shape[axis], value.shape[axis], spatial_shapes)
-        points = self._points_of_levels(reference_points, query.shape[axis], len(sizes))
-
-        outputs = []
-        start = 0
-        for level, size in enumerate(sizes):
-            tokens = functools.partial(_narrow, dim=axis, start=start, length=size)
-            output = super().forward(
-                query=tokens(query),
-                value=tokens(value),
-                identity=tokens(identity),
-                query_pos=tokens(query_pos),
-                key_padding_mask=tokens(key_padding_mask, dim=1),
-                reference_points=tokens(points, dim=1)[:, :, level : level + 1],
-                spatial_shapes=spatial_shapes[level : level + 1],
+        sizes = self.level_sizes(spatial_shapes)
+        tokens, levels = query.shape[1], len(sizes)
+        if tokens != sum(sizes):
+            raise ValueError(
+                f"query: expected S = {sum(sizes)} tokens for spatial_shapes "
+                f"{spatial_shapes.tolist()}, got {tokens}; {type(self).__name__} is for "
+                "self-attention, where each query is a token of a level"
             )
-            outputs.append(output)
-            start += size
-        return torch.cat(outputs, axis)
-
-    def _level_sizes(self, queries: int, tokens: int, spatial_shapes: Tensor | None) -> list[int]:
-        if not isinstance(spatial_shapes, Tensor) or spatial_shapes.shape[1:] != (2,):
-            got = getattr(spatial_shapes, "shape", spatial_shapes)
-            raise ValueError(f"spatial_shapes: expected a tensor of shape (L, 2), got {got}")
-        shapes = spatial_shapes.tolist()
-        sizes = [height * width for height, width in shapes]
-        for name, got in (("query", queries), ("value", tokens)):
-            if got != sum(sizes):
-                raise ValueError(
-                    f"{name}: expected S = {sum(sizes)} tokens for spatial_shapes {shapes}, got "
-                    f"{got}; {type(self).__name__} is for self-attention, where each query is a "
-                    "token of a level"
-                )
-        return sizes
-
-    @staticmethod
-    def _points_of_levels(reference_points: Tensor | None, tokens: int, levels: int) -> Tensor:
-        # As in multi-scale attention one entry may stand for all. The other dimensions are checked
-        # level by level.
-        shape = getattr(reference_points, "shape", ())
+        shape = tuple(getattr(reference_points, "shape", ()))
+        # As in multi-scale attention one entry may stand for all.
         if len(shape) != 4 or shape[1] not in (1, tokens) or shape[2] not in (1, levels):
             raise ValueError(
                 f"reference_points: expected shape (N, S, L, 2 or 4) = (N, {tokens}, {levels}, "
-                f"2 or 4), got {tuple(shape) or reference_points!r}"
+                f"2 or 4), got {shape or reference_points!r}"
             )
-        return reference_points.expand(-1, tokens, levels, -1)
+        points = reference_points.expand(-1, tokens, levels, -1)
+        locations, weights = [], []
+        for level, (level_query, level_points) in enumerate(
+            zip(query.split(sizes, 1), points.split(sizes, 1), strict=True)
+        ):
+            own = slice(level, level + 1)
+            level_locations, level_weights = super().predict_sampling(
+                level_query, level_points[:, :, own], spatial_shapes[own]
+            )
+            locations.append(level_locations)
+            weights.append(level_weights)
+        return torch.cat(locations, 1), torch.cat(weights, 1)
 
+    def _sample(
+        self,
+        value: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor | None,
+        locations: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        sizes = self.level_sizes(spatial_shapes)
+        by_level = (tensor.split(sizes, 1) for tensor in (value, locations, weights))
+        outputs = [
+            ms_deform_attn(level_value, shape[None], None, level_locations, level_weights)
+            for shape, level_value, level_locations, level_weights in zip(
+                spatial_shapes, *by_level, strict=True
+            )
+        ]
+        return torch.cat(outputs, 1)
 
-def _narrow(tensor: Tensor | None, dim: int, start: int, length: int) -> Tensor | None:
-    return None if tensor is None else tensor.narrow(dim, start, length)
+    @staticmethod
+    def level_sizes(spatial_shapes: Tensor) -> list[int]:
+        """Number of tokens of each level; ``spatial_shapes`` as in :meth:`predict_sampling`."""
+        if not isinstance(spatial_shapes, Tensor) or spatial_shapes.shape[1:] != (2,):
+            got = tuple(getattr(spatial_shapes, "shape", ())) or spatial_shapes
+            raise ValueError(f"spatial_shapes: expected a tensor of shape (L, 2), got {got}")
+        return [height * width for height, width in spatial_shapes.tolist()]

@@ -25,6 +25,7 @@ from mmdeform.layers import (
     ModulatedDeformConv2dPack,
     ModulatedDeformRoIPoolPack,
     MultiScaleDeformableAttention,
+    SingleLevelDeformableAttention,
 )
 from mmdeform.layers.sampling import (
     Sampling,
@@ -236,6 +237,26 @@ class TestAttention:
         expected = layer.output_proj(total.reshape(2, 16, 5).transpose(1, 2))
         output = layer(query, **inputs)
         torch.testing.assert_close(output if batch_first else output.transpose(0, 1), expected)
+
+    @pytest.mark.parametrize("coordinates", [2, 4])
+    def test_own_level_is_the_multi_scale_attention_of_each_level(self, coordinates: int) -> None:
+        layer = shake(SingleLevelDeformableAttention(embed_dims=16, num_heads=2, num_points=3))
+        twin = MultiScaleDeformableAttention(16, 2, 1, 3).double()
+        twin.load_state_dict(layer.state_dict())
+        query, points = torch.randn(60, 2, 16).double(), torch.rand(2, 60, 2, coordinates).double()
+        shapes = torch.tensor(self.SHAPES)
+        sampling = sampled(layer, (query,), dict(reference_points=points, spatial_shapes=shapes))
+        check_shapes(sampling)
+        for level, tokens in enumerate([slice(0, 48), slice(48, 60)]):
+            inputs = dict(
+                reference_points=points[:, tokens, level : level + 1],
+                spatial_shapes=shapes[level : level + 1],
+            )
+            expected = sampled(twin, (query[tokens],), inputs)
+            for name in ("offset", "locations", "grid", "mask"):
+                got = getattr(sampling, name)[:, tokens]
+                torch.testing.assert_close(got, getattr(expected, name).expand_as(got))
+            assert torch.equal(sampling.outside[:, tokens], expected.outside)
 
     def test_offsets_are_pixels_of_the_level(self) -> None:
         layer = MultiScaleDeformableAttention(16, 2, 2, 3).double()

@@ -212,7 +212,7 @@ def test_one_point_starts_one_pixel_away_and_weighs_one() -> None:
     ("changes", "message"),
     [
         (
-            dict(query=torch.zeros(2, 7, 16)),
+            dict(query=torch.zeros(2, 7, 16), query_pos=None),
             r"query: expected S = 27 tokens for spatial_shapes \[\[5, 4\], \[3, 2\], \[1, 1\]\], "
             r"got 7; .* self-attention",
         ),
