@@ -47,9 +47,10 @@ class Calls(TorchDispatchMode):
 def results(function: Callable[..., Tensor], leaves: Leaves) -> list[Tensor]:
     """The output and the gradients of all leaves."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    output = function(**leaves)
-    weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
-    gradients = torch.autograd.grad((output * weights).sum(), list(leaves.values()))
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        output = function(**leaves)
+        weights = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+        gradients = torch.autograd.grad((output * weights).sum(), list(leaves.values()))
     return [output, *gradients]
 
 
