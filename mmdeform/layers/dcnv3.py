@@ -14,6 +14,7 @@ from mmdeform.registry import MODELS
 
 from .dcn_base import DCNBase, IntPair, projection
 from .offset_layers import OffsetLinear
+from .offset_limit import OffsetLimit
 
 __all__ = ["DCNv3"]
 
@@ -33,7 +34,7 @@ def _norm(name: str, channels: int) -> nn.Sequential:
 
 
 @MODELS.register_module()
-class DCNv3(DCNBase):
+class DCNv3(OffsetLimit, DCNBase):
     """Averages samples at predicted offsets with predicted weights, softmaxed over the window.
 
     Takes the place of an ``nn.Conv2d``, as ``conv_cfg`` or ``dcn`` of a config, and, with
@@ -64,6 +65,9 @@ class DCNv3(DCNBase):
             share. Default: False.
         remove_center: Leaves out the middle tap. Default: False.
         channels_last: Input and output are (N, H, W, C). Default: False.
+        offset_range: Limits offsets smoothly to this many times ``offset_scale`` pixels:
+            r * tanh(offset / r). Default: none.
+        offset_clamp: Limits them sharply, in the same unit. Default: none.
 
     Raises:
         ValueError: Arguments contradict each other.
@@ -89,11 +93,14 @@ class DCNv3(DCNBase):
         center_feature_scale: bool = False,
         remove_center: bool = False,
         channels_last: bool = False,
+        offset_range: float | None = None,
+        offset_clamp: float | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
             group, group_channels, offset_scale, center_feature_scale, remove_center, channels_last,
         )  # fmt: skip
+        self._set_offset_limit(offset_range, offset_clamp)
         for name, value, known in (
             ("act_layer", act_layer, tuple(_ACTIVATIONS)),
             ("norm_layer", norm_layer, ("LN", "BN")),
@@ -126,7 +133,7 @@ class DCNv3(DCNBase):
 
     def _predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         mask = self.mask(features).unflatten(-1, (self.group, self.taps)).softmax(-1)
-        return self.offset(features), mask.flatten(-2)
+        return self._limit_offset(self.offset(features)), mask.flatten(-2)
 
     def _sample(self, x: Tensor) -> Tensor:
         features = self.dw_conv(x.permute(0, 3, 1, 2))

@@ -16,12 +16,13 @@ from mmdeform.registry import MODELS
 
 from .dcn_base import DCNBase, IntPair, projection
 from .offset_layers import OffsetLinear
+from .offset_limit import OffsetLimit
 
 __all__ = ["DCNv4"]
 
 
 @MODELS.register_module()
-class DCNv4(DCNBase):
+class DCNv4(OffsetLimit, DCNBase):
     """Sums samples at predicted offsets with predicted, unbounded weights.
 
     Takes the place of an ``nn.Conv2d``, as ``conv_cfg`` or ``dcn`` of a config, and, with
@@ -55,6 +56,9 @@ class DCNv4(DCNBase):
         without_pointwise: Leaves out the projections of value and output; needs C = O, and ``bias``
             is without effect. Default: False.
         channels_last: Input and output are (N, H, W, C). Default: False.
+        offset_range: Limits offsets smoothly to this many times ``offset_scale`` pixels:
+            r * tanh(offset / r). Default: none.
+        offset_clamp: Limits them sharply, in the same unit. Default: none.
 
     Raises:
         ValueError: Arguments contradict each other.
@@ -79,11 +83,14 @@ class DCNv4(DCNBase):
         remove_center: bool = False,
         without_pointwise: bool = False,
         channels_last: bool = False,
+        offset_range: float | None = None,
+        offset_clamp: float | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
             group, group_channels, offset_scale, center_feature_scale, remove_center, channels_last,
         )  # fmt: skip
+        self._set_offset_limit(offset_range, offset_clamp)
         if without_pointwise and in_channels != out_channels:
             raise ValueError(
                 f"DCNv4: without_pointwise needs in_channels equal to out_channels, "
@@ -120,9 +127,17 @@ class DCNv4(DCNBase):
 
     def _predict(self, x: Tensor) -> Tensor:
         if self.dw_kernel_size is None:
-            return self.offset_mask(self._at_window_centers(x))
-        features = self.offset_mask_dw(x.permute(0, 3, 1, 2))
-        return self.offset_mask(features.permute(0, 2, 3, 1))
+            features = self._at_window_centers(x)
+        else:
+            features = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        offset_mask = self.offset_mask(features)
+        if self.offset_range is None and self.offset_clamp is None:
+            return offset_mask
+        points = self.group * self.taps
+        used, padding = offset_mask.split((3 * points, offset_mask.shape[-1] - 3 * points), -1)
+        offset, mask = used.unflatten(-1, (self.group, -1)).split((2 * self.taps, self.taps), -1)
+        used = torch.cat((self._limit_offset(offset), mask), -1).flatten(-2)
+        return torch.cat((used, padding), -1)
 
     def _sample(self, x: Tensor) -> Tensor:
         value = x if self.without_pointwise else self.value_proj(x)

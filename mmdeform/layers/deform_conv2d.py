@@ -23,6 +23,7 @@ from mmdeform.ops import deform_conv2d
 from mmdeform.registry import MODELS
 
 from .offset_layers import OffsetConv2d
+from .offset_limit import OffsetLimit
 
 __all__ = [
     "DeformConv2d",
@@ -151,16 +152,26 @@ class DeformConv2d(_DeformConvMixin, mmcv_v1.DeformConv2d):
 
 
 @MODELS.register_module(["DCN", "DCNv1", "DeformConv2dPack", "DeformConvPack"])
-class DeformConv2dPack(DeformConv2d, mmcv_v1.DeformConv2dPack):
+class DeformConv2dPack(OffsetLimit, DeformConv2d, mmcv_v1.DeformConv2dPack):
     """Deformable convolution (v1) that predicts its own offsets, for ``nn.Conv2d``.
 
     The offsets start as zero: at first the layer is the plain convolution of its weight.
 
-    Args: those of :class:`DeformConv2d`.
+    Args: those of :class:`DeformConv2d`, and
+        offset_range: Limits offsets smoothly to this many input pixels: r * tanh(offset / r).
+            Default: none.
+        offset_clamp: Limits them sharply, in the same unit. Default: none.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        offset_range: float | None = None,
+        offset_clamp: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._set_offset_limit(offset_range, offset_clamp)
         self.conv_offset = _offset_conv(self, channels_per_point=2)
 
     def predict_offset(self, x: Tensor) -> tuple[Tensor, None]:
@@ -173,7 +184,7 @@ class DeformConv2dPack(DeformConv2d, mmcv_v1.DeformConv2dPack):
             Offsets in input pixels, shape (N, D*Kh*Kw*2, Ho, Wo), as in :class:`DeformConv2d`; and
             None, for v1 has no mask.
         """
-        return self.conv_offset(x), None
+        return self._limit_offset(self.conv_offset(x)), None
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, O, Ho, Wo)."""
@@ -251,17 +262,29 @@ class ModulatedDeformConv2d(_DeformConvMixin, mmcv_v2.ModulatedDeformConv2d):
 
 
 @MODELS.register_module(["DCNv2", "ModulatedDeformConv2dPack", "ModulatedDeformConvPack"])
-class ModulatedDeformConv2dPack(ModulatedDeformConv2d, mmcv_v2.ModulatedDeformConv2dPack):
+class ModulatedDeformConv2dPack(
+    OffsetLimit, ModulatedDeformConv2d, mmcv_v2.ModulatedDeformConv2dPack
+):
     """Modulated deformable convolution (v2) that predicts offsets and mask, for ``nn.Conv2d``.
 
     Offsets start as zero and the mask as 0.5: at first the layer is half of the plain convolution
     of its weight, plus the bias.
 
-    Args: those of :class:`ModulatedDeformConv2d`.
+    Args: those of :class:`ModulatedDeformConv2d`, and
+        offset_range: Limits offsets smoothly to this many input pixels: r * tanh(offset / r).
+            Default: none.
+        offset_clamp: Limits them sharply, in the same unit. Default: none.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        offset_range: float | None = None,
+        offset_clamp: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._set_offset_limit(offset_range, offset_clamp)
         self.conv_offset = _offset_conv(self, channels_per_point=3)
 
     def predict_offset(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +300,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d, mmcv_v2.ModulatedDeformCo
         # The first two thirds are the offset channels as they stand: (dy, dx) pairs, not all dy and
         # then all dx.
         first, second, mask = self.conv_offset(x).chunk(3, dim=1)
-        return torch.cat((first, second), dim=1), mask.sigmoid()
+        return self._limit_offset(torch.cat((first, second), dim=1)), mask.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, O, Ho, Wo)."""

@@ -13,6 +13,7 @@ from mmdeform.ops import deform_ps_roi_pool
 from mmdeform.registry import MODELS
 
 from .offset_layers import OffsetConv2d
+from .offset_limit import OffsetLimit
 
 __all__ = ["DeformPSRoIPool", "DeformPSRoIPoolPack"]
 
@@ -103,7 +104,7 @@ class DeformPSRoIPool(nn.Module):
 
 
 @MODELS.register_module()
-class DeformPSRoIPoolPack(DeformPSRoIPool):
+class DeformPSRoIPoolPack(OffsetLimit, DeformPSRoIPool):
     """The same with its fully convolutional offset branch.
 
     A 1x1 convolution turns features into position-sensitive maps of offsets, which the operator
@@ -122,6 +123,9 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
         part_size: Offsets per axis. Default: ``output_size``, which has to be square.
         sample_per_part: Samples per bin and axis. Default: 4.
         trans_std: Offset of 1, as a fraction of the RoI's width or height. Default: 0.1.
+        offset_range: Limits offsets smoothly to this many times ``trans_std`` of the RoI's size:
+            r * tanh(offset / r). Default: none.
+        offset_clamp: Limits them sharply, in the same unit. Default: none.
 
     Raises:
         ValueError: Arguments contradict each other.
@@ -138,6 +142,8 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
         part_size: int | None = None,
         sample_per_part: int = 4,
         trans_std: float = 0.1,
+        offset_range: float | None = None,
+        offset_clamp: float | None = None,
     ) -> None:
         super().__init__(
             output_size,
@@ -153,6 +159,7 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
                 f"DeformPSRoIPoolPack: output_channels must be divisible by num_classes, "
                 f"got output_channels={output_channels}, num_classes={num_classes}"
             )
+        self._set_offset_limit(offset_range, offset_clamp)
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.conv_offset = OffsetConv2d(in_channels, 2 * self.part_size**2 * num_classes, 1)
@@ -168,7 +175,7 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
             Offsets (x, y) in ``trans_std`` times the RoI's size, shape
             (R, 2 * K, part_size, part_size).
         """
-        return deform_ps_roi_pool(
+        offset = deform_ps_roi_pool(
             self.conv_offset(features),
             rois,
             None,
@@ -180,6 +187,7 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
             self.sample_per_part,
             self.trans_std,
         )
+        return self._limit_offset(offset)
 
     def forward(self, input: Tensor, rois: Tensor, features: Tensor) -> Tensor:
         """Pools every RoI from the score maps at offsets predicted from the features.

@@ -18,6 +18,7 @@ from mmdeform.ops import deform_roi_pool
 from mmdeform.registry import MODELS
 
 from .offset_layers import OffsetLinear
+from .offset_limit import OffsetLimit
 
 __all__ = ["DeformRoIPool", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack"]
 
@@ -94,6 +95,8 @@ class _PackMixin:
         sampling_ratio: int = 0,
         gamma: float = 0.1,
         head: str = "mmcv",
+        offset_range: float | None = None,
+        offset_clamp: float | None = None,
     ) -> None:
         if head not in ("mmcv", "paper"):
             raise ValueError(f"{type(self).__name__}: head must be 'mmcv' or 'paper', got {head!r}")
@@ -101,6 +104,7 @@ class _PackMixin:
         self.output_channels = output_channels
         self.deform_fc_channels = deform_fc_channels
         self.head = head
+        self._set_offset_limit(offset_range, offset_clamp)
         self._build_head()
 
     @property
@@ -148,7 +152,7 @@ class _PackMixin:
 
 
 @MODELS.register_module()
-class DeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.DeformRoIPoolPack):
+class DeformRoIPoolPack(OffsetLimit, _PackMixin, DeformRoIPool, _mmcv.DeformRoIPoolPack):
     """Deformable RoI pooling (v1) that predicts its offsets from the plainly pooled RoI.
 
     The offsets start as zero: at first the layer is RoIAlign. All layers that predict them are
@@ -166,9 +170,12 @@ class DeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.DeformRoIPoolPack):
         gamma: Offset of 1, as a fraction of the RoI's width or height. Default: 0.1.
         head: 'mmcv': mmcv's three fully connected layers; 'paper': the one of the paper. Default:
             'mmcv'.
+        offset_range: Limits offsets smoothly to this many times ``gamma`` of the RoI's size:
+            r * tanh(offset / r). Default: none.
+        offset_clamp: Limits them sharply, in the same unit. Default: none.
 
     Raises:
-        ValueError: Unknown ``head``.
+        ValueError: Unknown ``head``, or limits contradict each other.
     """
 
     def _build_head(self) -> None:
@@ -192,11 +199,13 @@ class DeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.DeformRoIPoolPack):
             has no mask.
         """
         offset = self.offset_fc(self._pool_plainly(input, rois))
-        return offset.view(-1, 2, *self.output_size), None
+        return self._limit_offset(offset).view(-1, 2, *self.output_size), None
 
 
 @MODELS.register_module()
-class ModulatedDeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.ModulatedDeformRoIPoolPack):
+class ModulatedDeformRoIPoolPack(
+    OffsetLimit, _PackMixin, DeformRoIPool, _mmcv.ModulatedDeformRoIPoolPack
+):
     """Modulated deformable RoI pooling (v2): predicts offsets and a mask from the pooled RoI.
 
     Offsets start as zero and the mask as 0.5: at first the layer is half of RoIAlign. mmcv's head
@@ -213,9 +222,12 @@ class ModulatedDeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.ModulatedDefor
         gamma: Offset of 1, as a fraction of the RoI's width or height. Default: 0.1, the first
             paper's and mmcv's.
         head: 'mmcv' or 'paper'. Default: 'mmcv'.
+        offset_range: Limits offsets smoothly to this many times ``gamma`` of the RoI's size:
+            r * tanh(offset / r). Default: none.
+        offset_clamp: Limits them sharply, in the same unit. Default: none.
 
     Raises:
-        ValueError: Unknown ``head``.
+        ValueError: Unknown ``head``, or limits contradict each other.
     """
 
     def _build_head(self) -> None:
@@ -252,4 +264,5 @@ class ModulatedDeformRoIPoolPack(_PackMixin, DeformRoIPool, _mmcv.ModulatedDefor
         else:
             offset, mask = self.offset_fc(pooled).split([2 * self._bins, self._bins], dim=1)
             mask = mask.sigmoid()
-        return offset.reshape(-1, 2, *self.output_size), mask.reshape(-1, *self.output_size)
+        offset = self._limit_offset(offset).reshape(-1, 2, *self.output_size)
+        return offset, mask.reshape(-1, *self.output_size)

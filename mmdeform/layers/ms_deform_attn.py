@@ -18,6 +18,8 @@ from torch import Tensor
 from mmdeform.ops import ms_deform_attn
 from mmdeform.registry import MODELS
 
+from .offset_limit import OffsetLimit
+
 __all__ = ["MultiScaleDeformableAttention"]
 
 
@@ -31,7 +33,7 @@ def _warn_head_channels(channels: int) -> None:
 
 
 @MODELS.register_module()
-class MultiScaleDeformableAttention(mmcv_msda.MultiScaleDeformableAttention):
+class MultiScaleDeformableAttention(OffsetLimit, mmcv_msda.MultiScaleDeformableAttention):
     """Attention that reads each query's few sampling points from feature maps of several sizes.
 
     Dimensions: N batch, Lq queries, S tokens of all levels, C ``embed_dims``, M heads, L levels,
@@ -48,9 +50,14 @@ class MultiScaleDeformableAttention(mmcv_msda.MultiScaleDeformableAttention):
         norm_cfg: Kept as an attribute; without effect, as in mmcv.
         init_cfg: mmengine's initialisation config.
         value_proj_ratio: Channels of the value projection as a multiple of C. Default: 1.0.
+        offset_range: Limits what ``sampling_offsets`` predicts smoothly: r * tanh(offset / r). It
+            counts pixels of a level around reference points, and 1/(2P) of the box's size around
+            reference boxes. At first the points of a head lie 1 to P steps away: at least P, which
+            draws the outermost in to 0.76 P. Default: none.
+        offset_clamp: Limits it sharply, in the same unit; at least P. Default: none.
 
     Raises:
-        ValueError: Channels are not divisible by the heads.
+        ValueError: Channels are not divisible by the heads, or limits do not fit.
     """
 
     def __init__(
@@ -65,6 +72,8 @@ class MultiScaleDeformableAttention(mmcv_msda.MultiScaleDeformableAttention):
         norm_cfg: dict | None = None,
         init_cfg: Any = None,
         value_proj_ratio: float = 1.0,
+        offset_range: float | None = None,
+        offset_clamp: float | None = None,
     ) -> None:
         value_channels = int(embed_dims * value_proj_ratio)
         for name, channels in (
@@ -93,13 +102,23 @@ class MultiScaleDeformableAttention(mmcv_msda.MultiScaleDeformableAttention):
                 init_cfg,
                 value_proj_ratio,
             )
+        self._set_offset_limit(offset_range, offset_clamp)
+        for name in ("offset_range", "offset_clamp"):
+            limit = getattr(self, name)
+            if limit is not None and limit < num_points:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be at least num_points={num_points}, "
+                    f"which the offsets reach at first, got {limit}"
+                )
 
     def extra_repr(self) -> str:
-        return (
+        parts = (
             f"embed_dims={self.embed_dims}, num_heads={self.num_heads}, "
             f"num_levels={self.num_levels}, num_points={self.num_points}, "
-            f"batch_first={self.batch_first}"
+            f"batch_first={self.batch_first}",
+            super().extra_repr(),
         )
+        return ", ".join(filter(None, parts))
 
     def predict_sampling(
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor
@@ -126,7 +145,7 @@ class MultiScaleDeformableAttention(mmcv_msda.MultiScaleDeformableAttention):
         batch, queries, _ = query.shape
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         shape = (batch, queries, self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).view(*shape, 2).to(dtype)
+        offsets = self._limit_offset(self.sampling_offsets(query).view(*shape, 2).to(dtype))
         weights = self.attention_weights(query).view(*shape[:3], -1).softmax(-1, dtype=dtype)
         points = reference_points[:, :, None, :, None].to(dtype)  # (N, Lq, 1, L, 1, 2 or 4)
         if reference_points.shape[-1] == 2:

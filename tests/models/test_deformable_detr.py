@@ -107,6 +107,19 @@ def test_attention_is_chosen_by_the_config() -> None:
     assert (cfg.encoder, cfg.decoder) == (before.encoder, before.decoder)  # it can be built again
 
 
+def test_attention_has_arguments_that_mmcvs_does_not_know() -> None:
+    cfg = model_cfg()
+    cfg.encoder.layer_cfg.self_attn_cfg.offset_range = 8
+    cfg.decoder.layer_cfg.cross_attn_cfg.offset_clamp = 6.5
+    detector = MODELS.build(cfg)
+    assert [layer.self_attn.offset_range for layer in detector.encoder.layers] == [8] * 3
+    assert [layer.cross_attn.offset_clamp for layer in detector.decoder.layers] == [6.5] * 3
+    cfg = model_cfg()
+    cfg.encoder.layer_cfg.self_attn_cfg.offset_rang = 8
+    with pytest.raises(TypeError, match="offset_rang"):
+        MODELS.build(cfg)
+
+
 def test_unknown_attention_is_named() -> None:
     cfg = model_cfg()
     cfg.decoder.layer_cfg.cross_attn_cfg.type = "mmdeform.NoSuchAttention"

@@ -5,14 +5,18 @@ mmdet's.
 """
 
 import copy
+import inspect
 from typing import Any
 
+from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.detectors import DeformableDETR as MMDetDeformableDETR
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdeform.registry import MODELS
 
 __all__ = ["DeformableDETR"]
+
+_MMCV_ARGUMENTS = set(inspect.signature(MultiScaleDeformableAttention).parameters)
 
 
 @MODELS.register_module()
@@ -21,8 +25,9 @@ class DeformableDETR(MMDetDeformableDETR):
 
     mmdet's layers create mmcv's attention class by name. Here the configs of the attention modules,
     ``encoder.layer_cfg.self_attn_cfg`` and ``decoder.layer_cfg.cross_attn_cfg``, may have a
-    ``type`` like everything else. State dicts are the same as mmdet's. Two-stage detectors may have
-    any number of channels; mmdet's own work with 256 only.
+    ``type`` like everything else, and arguments that mmcv's class does not know. State dicts are
+    the same as mmdet's. Two-stage detectors may have any number of channels; mmdet's own work with
+    256 only.
 
     Args: those of mmdet's ``DeformableDETR``. The type of the attention modules is
         ``mmdeform.MultiScaleDeformableAttention`` by default.
@@ -33,15 +38,12 @@ class DeformableDETR(MMDetDeformableDETR):
         self.encoder, self.decoder = copy.deepcopy(self.encoder), copy.deepcopy(self.decoder)
         self_attn_cfg = self.encoder["layer_cfg"]["self_attn_cfg"]
         cross_attn_cfg = self.decoder["layer_cfg"]["cross_attn_cfg"]
-        types = [
-            cfg.pop("type", "mmdeform.MultiScaleDeformableAttention")
-            for cfg in (self_attn_cfg, cross_attn_cfg)
-        ]
+        own = [_pop_own_arguments(cfg) for cfg in (self_attn_cfg, cross_attn_cfg)]
         super()._init_layers()
         for layer in self.encoder.layers:
-            layer.self_attn = _build_attention(types[0], self_attn_cfg)
+            layer.self_attn = MODELS.build({**self_attn_cfg, **own[0]})
         for layer in self.decoder.layers:
-            layer.cross_attn = _build_attention(types[1], cross_attn_cfg)
+            layer.cross_attn = MODELS.build({**cross_attn_cfg, **own[1]})
 
     def get_proposal_pos_embed(self, proposals: Tensor, temperature: int = 10000) -> Tensor:
         """Encodes proposals as the positions of the queries that start from them (two-stage).
@@ -56,5 +58,7 @@ class DeformableDETR(MMDetDeformableDETR):
         return super().get_proposal_pos_embed(proposals, self.embed_dims // 2, temperature)
 
 
-def _build_attention(kind: str | type, cfg: dict[str, Any]) -> nn.Module:
-    return MODELS.build(dict(cfg, type=kind))
+def _pop_own_arguments(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Takes the type and what mmcv's class does not know: mmdet creates that one first."""
+    own = {key: cfg.pop(key) for key in set(cfg) - _MMCV_ARGUMENTS}
+    return {"type": "mmdeform.MultiScaleDeformableAttention", **own}
