@@ -1,11 +1,13 @@
 """What a config builds beyond single layers: mmdet's detectors with modules from the registry.
 
-Needs mmdet; where only mmcv is installed, there is nothing here and the layers still work.
+The detectors and RoI extractors need mmdet; where only mmcv is installed, they are not here.
 """
 
 import importlib.util
 
-__all__: list[str] = []
+from .transplant import Transplant
+
+__all__ = ["Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
     from .detectors import DeformableDETR
