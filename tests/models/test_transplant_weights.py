@@ -236,11 +236,14 @@ class TestState:
         parent, plain = Parent(rules=[RULE]), Parent()
         for model in (parent, plain):
             model.student.neck.attention = copy.deepcopy(attention)
+            model.student.neck.conv = ConvModule(4, 4, 3)
         # A rule whose old module has parameters that the new one lacks.
         rule = dict(select="neck.attention", type=kinds, num_points=8)
-        transplant(parent.student, rule)
+        # And one whose old module initialises itself.
+        transplant(parent.student, rule, dict(select="neck.conv", type=ConvModule))
         init(parent), init(plain)
         assert_initialised_like(parent.student.backbone.layer3, plain.student.backbone.layer3, None)
+        assert_initialised_like(parent.student.neck.conv, plain.student.neck.conv, None)
         assert parent.student.neck.attention.num_points == 8
         assert not hasattr(parent.student.backbone.conv1, "_params_init_info")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdeform.layers import OffsetConv2d, OffsetLinear
+from mmdeform.layers.predictors import predictors
 
 __all__ = ["Graft", "InitWeights"]
 
@@ -42,7 +43,8 @@ class Graft:
             new.to(parameters[0].device, parameters[0].dtype)
         new.train(old.training)
         same = _same(dict(old.named_parameters()), dict(new.named_parameters()))
-        self.predictors = [name for name in same if _predicts_offsets(new, name)]
+        new_parameters, offsets = dict(new.named_parameters()), _offset_parameters(new)
+        self.predictors = [name for name in same if new_parameters[name] in offsets]
         self.carried = [name for name in same if name not in self.predictors]
         self.buffers = _same(dict(old.named_buffers()), dict(new.named_buffers()))
         if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -64,12 +66,8 @@ class Graft:
         _share(self.carried, self.new, self.old)
         self._place(self.old)
         self._loaded: set[str] = set()
-        self._hooks = [
-            self.old.get_submodule(name.rpartition(".")[0]).register_load_state_dict_pre_hook(
-                self._note_loaded
-            )
-            for name in self.predictors
-        ]
+        for owner in {name.rpartition(".")[0] for name in self.predictors}:
+            self.old.get_submodule(owner).register_load_state_dict_pre_hook(self._note_loaded)
         if info is not None:
             for module in self.old.modules():
                 module._params_init_info = info
@@ -80,10 +78,6 @@ class Graft:
     def take_place(self) -> None:
         """Puts the new module where the old one was initialised."""
         self._place(self.new)
-        for hook in self._hooks:
-            hook.remove()
-        for module in self.old.modules():
-            vars(module).pop("_params_init_info", None)
 
     def init_new(self) -> None:
         """Initialises what the new module has of its own."""
@@ -157,8 +151,11 @@ def _share(names: Sequence[str], source: nn.Module, target: nn.Module) -> None:
         setattr(target.get_submodule(owner), leaf, parameters[name])
 
 
-def _predicts_offsets(module: nn.Module, parameter: str) -> bool:
-    owner = parameter.rpartition(".")[0]
-    if owner.rpartition(".")[2] in ("conv_offset", "sampling_offsets"):  # mmcv's
-        return True
-    return isinstance(module.get_submodule(owner), (OffsetConv2d, OffsetLinear))
+def _offset_parameters(module: nn.Module) -> set[Tensor]:
+    """The parameters of what predicts offsets."""
+    layers = []
+    with torch.device("cpu"):  # a detector may be built on "meta", where nothing can be read
+        for layer in module.modules():
+            layers += [p.module for p in predictors(layer) if p.is_offset.any()]
+            layers += [layer] if isinstance(layer, (OffsetConv2d, OffsetLinear)) else []
+    return {parameter for layer in layers for parameter in layer.parameters()}
