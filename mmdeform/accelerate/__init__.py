@@ -52,10 +52,11 @@ def _choosing(
 ) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
     """``forward`` and ``backward`` that choose between ``replacement`` and mmcv's own."""
     stock_forward, stock_backward = function.forward, function.backward
+    devices = replacement.devices  # torch.compile cannot read the attribute
 
     @functools.wraps(stock_forward)
     def forward(ctx: Any, *args: Any) -> Tensor:
-        if not replacement.accepts(*args):
+        if args[0].device.type not in devices or not replacement.accepts(*args):
             return stock_forward(ctx, *args)
         # Where autograd looks for backward: it stays with what ran forward, whatever is switched
         # on or off in between.
@@ -121,8 +122,10 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Gives mmcv its own functions back: the same objects. Results computed before keep their
-    backward pass."""
+    """Gives mmcv its own functions back, the same objects.
+
+    Results that were computed before keep their backward pass.
+    """
     for replacement in REPLACEMENTS:
         function = _function(replacement)
         if hasattr(function, _STOCK):
@@ -137,14 +140,17 @@ def disable() -> None:
 
 def _report() -> str:
     """One line on what is replaced, and where."""
-    names = [*(replacement.name for replacement in REPLACEMENTS), _attention().__name__]
+    names = [
+        replacement.name + (" (cpu)" if replacement.devices == ("cpu",) else "")
+        for replacement in REPLACEMENTS
+    ]
     devices = []
     for device, status in _library.status().items():
         if status.loaded:
             devices.append(f"mmdeform's {status.capability} kernels on {device}")
         elif status.problem is not None:
             devices.append(f"mmcv's own, where it has one, on {device} ({status.problem})")
-    return f"{', '.join(names)} of mmcv run {'; '.join(devices)}"
+    return f"mmcv's {', '.join(names)} and {_attention().__name__} run {'; '.join(devices)}"
 
 
 enable()

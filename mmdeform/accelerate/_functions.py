@@ -27,6 +27,8 @@ def _has_kernels(tensor: Tensor) -> bool:
 
 def _run(operator: Callable[..., Any], tensor: Tensor, *args: Any) -> Any:
     """Calls an operator in the dtypes of its arguments, for mmcv's casts are done already."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return operator(tensor, *args)
     with torch.autocast(tensor.device.type, enabled=False):
         return operator(tensor, *args)
 
@@ -54,6 +56,8 @@ class Replacement(Function):
     """Of mmcv.ops."""
     name: ClassVar[str]
     """Of mmcv's function."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    """Types of devices for which :meth:`accepts` is asked at all."""
 
     @staticmethod
     def accepts(*args: Any) -> bool:
@@ -255,6 +259,7 @@ class _RoIAlign(Replacement):
 
     module = "roi_align"
     name = "RoIAlignFunction"
+    devices = ("cpu",)  # nobody has measured yet that it would be faster on a GPU
 
     @staticmethod
     def accepts(
@@ -266,8 +271,7 @@ class _RoIAlign(Replacement):
         pool_mode: str = "avg",
         aligned: bool = True,
     ) -> bool:
-        # Not on a GPU: nobody has measured yet that it would be faster there.
-        if pool_mode != "avg" or not aligned or input.device.type != "cpu":
+        if pool_mode != "avg" or not aligned:
             return False
         images, _, height, width = input.shape
         bins = rois.shape[0] * math.prod(_pair(output_size))

@@ -210,11 +210,32 @@ class TestSwitch:
         x = common.random(1, 4, 5, 5)
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
-    @pytest.mark.parametrize("name", ["deform_conv2d", "ms_deform_attn", "ms_deform_attn_pytorch"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "deform_conv2d",
+            "modulated_deform_conv2d",
+            "ms_deform_attn",
+            "ms_deform_attn_pytorch",
+            "deform_roi_pool",
+            "roi_align",
+        ],
+    )
     def test_compiles_in_one_graph(self, name):
         accelerate.enable()
-        attention, function = name.startswith("ms"), getattr(common, name)
-        leaves = common.attention_leaves() if attention else common.convolution_leaves()
+        if name.startswith("ms"):
+            function, leaves = getattr(common, name), common.attention_leaves()
+        elif name.endswith("conv2d"):
+            function = getattr(common, name)
+            leaves = common.convolution_leaves(mask=name.startswith("modulated"))
+        else:
+            rois, leaves = common.make_rois(), dict(input=common.random(2, 8, 9, 10))
+            more = (None, 3) if name == "deform_roi_pool" else (3,)
+            alias = getattr(common, name.upper())
+
+            def function(input):
+                return alias(input, rois, *more)
+
         torch._dynamo.reset()
         compiled = torch.compile(
             lambda **leaves: function(**leaves) * 2, fullgraph=True, backend="aot_eager"
