@@ -134,7 +134,33 @@ class _ModulatedDeformConv2d(Replacement):
 
     module = "modulated_deform_conv"
     name = "ModulatedDeformConv2dFunction"
-    accepts = staticmethod(_DeformConv2d.accepts)
+
+    @staticmethod
+    def accepts(
+        input: Tensor,
+        offset: Tensor,
+        mask: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        *_: Any,
+    ) -> bool:
+        # mmdet's DyHead brings offsets of a map larger than the output. mmcv does not compare sizes
+        # and reads the first numbers of each image; detectors were trained that way.
+        sizes = zip(
+            input.shape[2:],
+            weight.shape[2:],
+            _pair(stride),
+            _pair(padding),
+            _pair(dilation),
+            strict=True,
+        )
+        positions = math.prod(
+            (size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes
+        )
+        return _has_kernels(offset) and math.prod(offset.shape[2:]) <= positions
 
     @staticmethod
     def forward(
