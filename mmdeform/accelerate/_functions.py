@@ -155,7 +155,7 @@ class _ModulatedDeformConv2d(Replacement):
             _pair(stride),
             _pair(padding),
             _pair(dilation),
-            strict=True,
+            strict=False,  # what has other dimensions is refused behind
         )
         positions = math.prod(
             (size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes

@@ -123,7 +123,7 @@ def inspect_config(path: Path, root: Path) -> Entry:
     try:
         cfg = Config.fromfile(path, import_custom_modules=False)
     except (Exception, SystemExit) as error:
-        return Entry(file, status="fails", cause=f"cannot be read: {_shorten(error)}")
+        return Entry(file, status="fails", cause=f"cannot be read: {_shorten(error, root)}")
     model = cfg.get("model")
     if not isinstance(model, dict) or "type" not in model:
         return Entry(file, status="no model")
@@ -137,7 +137,7 @@ def inspect_config(path: Path, root: Path) -> Entry:
         status, cause = "builds", ""
     except (Exception, SystemExit) as error:
         built.add(model_cfg)
-        status, cause = "in parts" if built.modules else "fails", _shorten(error)
+        status, cause = "in parts" if built.modules else "fails", _shorten(error, root)
     counts = count_uses(built.modules)
     by_type = count_uses(_rebuilt_with_plugins(model_cfg), "mmdeform.") if counts else {}
     uses = [Use(*use, count, by_type.get(use, 0)) for use, count in counts.items()]
@@ -203,11 +203,13 @@ def _edit(cfg: Any, change: Callable[[dict], dict]) -> Any:
 
 
 def _reduced(cfg: Any) -> Any:
-    """The config without what is left out, and without language models."""
+    """The config without what is left out, for one process, and without language models."""
 
     def change(node: dict) -> dict:
         if _type_name(node.get("type")) == "BertModel":
             return dict(type=LanguageModelStub)
+        if node.get("type") == "MMSyncBN":  # needs a process group already when it is built
+            node["type"] = "BN"
         return {key: value for key, value in node.items() if key not in LEFT_OUT}
 
     return _edit(cfg, change)
@@ -238,10 +240,10 @@ def _class(kind: Any) -> type | None:
         return registry.get(kind)
 
 
-def _shorten(error: BaseException) -> str:
+def _shorten(error: BaseException, root: Path) -> str:
     while isinstance(error, ImportError) and isinstance(error.__context__, ImportError):
         error = error.__context__  # mmengine's says which imports it tried, this one what lacks
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{root}/", "")
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 

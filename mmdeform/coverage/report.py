@@ -1,7 +1,9 @@
 """The tables, as Markdown and as JSON."""
 
 import collections
+import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,14 @@ from .inspection import Entry, Use
 __all__ = ["to_json", "to_markdown"]
 
 DEVICES = ("cpu", "cuda")
+LEGEND = """\
+How: *type* where a config reaches a module by `type='mmdeform...'`; *accelerate* where mmdet's source
+fixes the class, so that `custom_imports=['mmdeform.accelerate']` is the way (it serves the former
+too). Kernels: *compiled*, the *reference* in PyTorch, or *not built*.
+
+Models were built without weights, preprocessing, trackers, activation checkpointing, process group
+and BERT. Of a model that does not build the parts were built that can be, and the source of the
+other classes was searched."""
 
 
 def kernel(operator: str, device_type: str) -> str:
@@ -38,56 +48,55 @@ def to_json(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def to_markdown(entries: Sequence[Entry], command: str) -> str:
-    """The tables of docs/coverage.md."""
+    """The tables of docs/coverage.md.
+
+    Args:
+        entries: The results.
+        command: The command line that is named at the top.
+    """
     touching = [entry for entry in entries if entry.uses]
     failing = [entry for entry in entries if entry.cause]
     models = [entry for entry in entries if entry.status != "no model"]
-    lines = [
-        "# Which configs use deformable operators",
-        "",
-        f"Written by `{command}`.",
-        "",
-        f"- {len(entries)} configs, {len(models)} of them with a model; "
-        f"{len(models) - len(failing)} models build, {len(failing)} do not, for the causes below.",
-        f"- {len(touching)} touch a deformable operator.",
-        f"- {sum(entry.roi_align > 0 for entry in entries)} use a RoIAlign that "
-        "`mmdeform.accelerate` serves as well.",
-        "",
-        "How: *type* where the config reaches a module by `type='mmdeform...'`, *accelerate* where "
-        "mmdet's source fixes the class",
-        "and `custom_imports=['mmdeform.accelerate']` is the way, which serves the former too.",
-        "",
-        "## Operators",
-        "",
-        *_table(("operator", "configs", *DEVICES), _operator_rows(touching)),
-        "",
-        "## Families",
-        "",
-        *_table(
+    sections = [
+        f"# Which configs use deformable operators\n\nWritten by `{command}`, with {_versions()}.",
+        f"- {len(entries)} configs; {len(entries) - len(models)} of them have no model.\n"
+        f"- {len(models) - len(failing)} models build, {len(failing)} do not: causes at the end.\n"
+        f"- **{len(touching)} touch a deformable operator.**\n"
+        f"- {sum(entry.roi_align > 0 for entry in entries)} use a RoIAlign (averages, aligned) that "
+        "`mmdeform.accelerate` can serve on the CPU.",
+        LEGEND,
+        _section("Operators", ("operator", "configs", *DEVICES), _operator_rows(touching)),
+        _section(
+            "Families",
             ("family", "configs", "touch", "do not build", "operators", "how"),
             _family_rows(entries),
         ),
-        "",
-        "## Configs that touch a deformable operator",
-        "",
-        *_table(
+        _section(
+            "Configs that touch a deformable operator",
             ("config", "model", "builds", "modules", "how", *DEVICES, "RoIAlign"),
             [_config_row(entry) for entry in touching],
         ),
-        "",
-        "## Configs that do not build",
-        "",
-        "Of those the parts were built that can be.",
-        "",
-        *_table(
+        _section(
+            "Configs that do not build",
             ("config", "model", "touches", "cause"),
-            [
-                (entry.file, entry.model, ", ".join(entry.operators) or "nothing", entry.cause)
-                for entry in failing
-            ],
+            [(entry.file, entry.model, _found(entry), entry.cause) for entry in failing],
         ),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(sections) + "\n"
+
+
+def _versions() -> str:
+    installed = []
+    for name in ("mmdet", "mmcv", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(installed)
+
+
+def _found(entry: Entry) -> str:
+    if entry.status == "fails":
+        return "unknown"
+    return ", ".join(entry.operators) or "nothing found"
 
 
 def _operator_rows(entries: Sequence[Entry]) -> list[tuple]:
@@ -137,6 +146,7 @@ def _how(uses: Sequence[Use]) -> str:
     return ", ".join(["type"] * by_type + ["accelerate"] * fixed)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def _section(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells]]
+    lines = [f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells]]
+    return f"## {title}\n\n" + ("\n".join(lines) if rows else "None.")
