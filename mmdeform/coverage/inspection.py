@@ -222,6 +222,7 @@ def _rebuilt_with_plugins(cfg: dict) -> list[nn.Module]:
         name = _type_name(node.get("type"))
         return dict(node, type=f"mmdeform.{name}") if name in MODELS.module_dict else node
 
+    MODELS.import_from_location()
     parts = _Parts()
     parts.add(_edit(cfg, change))
     return parts.modules
@@ -284,14 +285,11 @@ def inspect_all(
 
 def _warm_up() -> None:
     """Does here, once, what every process would do for itself."""
-    torch.set_num_threads(1)
     if importlib.util.find_spec("mmdet") is not None:
         importlib.import_module("mmdet.models")
-        _stub_language_layers()
     # Operations on meta tensors import half of torch when the first of them runs.
     with torch.device("meta"):
         nn.Conv2d(1, 1, 1).weight.data.normal_()
-    gc.freeze()  # otherwise a collection in a process copies all that it shares
 
 
 def _stub_language_layers() -> None:
@@ -303,9 +301,13 @@ def _stub_language_layers() -> None:
 
 
 def _send_entry(sender: Connection, path: Path, root: Path) -> None:
+    gc.freeze()  # a collection would copy all that is shared with the other processes
+    torch.set_num_threads(1)  # threads of the process that was forked are not here
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        if importlib.util.find_spec("mmdet") is not None:
+            _stub_language_layers()
         sender.send(inspect_config(path, root))
 
 

@@ -114,15 +114,21 @@ def _globals_of_class(cls: type) -> Iterator[Any]:
 
 
 def _globals(code: types.CodeType, namespace: dict[str, Any]) -> Iterator[Any]:
-    """The global objects that code may refer to, those in imported modules included."""
+    """The global objects that code may refer to, also by their modules: ``mmcv.ops.nms``."""
     for name in code.co_names:
-        value = namespace.get(name)
-        yield value
-        if inspect.ismodule(value):
-            yield from (getattr(value, attribute, None) for attribute in code.co_names)
+        if name in namespace:
+            yield from _members(namespace[name], code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):  # a function within
             yield from _globals(constant, namespace)
+
+
+def _members(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    yield value
+    if inspect.ismodule(value):
+        for index, name in enumerate(names):
+            if hasattr(value, name):
+                yield from _members(getattr(value, name), names[index + 1 :])
 
 
 def is_served_roi_align(module: nn.Module) -> bool:

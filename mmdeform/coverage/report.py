@@ -17,9 +17,10 @@ __all__ = ["to_json", "to_markdown"]
 
 DEVICES = ("cpu", "cuda")
 LEGEND = """\
-How: *type* where a config reaches a module by `type='mmdeform...'`; *accelerate* where mmdet's source
-fixes the class, so that `custom_imports=['mmdeform.accelerate']` is the way (it serves the former
-too). Kernels: *compiled*, the *reference* in PyTorch, or *not built*.
+How: *type* where a config reaches a module by `type='mmdeform...'`; *accelerate* where mmdet's
+source fixes the class, so that `custom_imports=['mmdeform.accelerate']` is the way (it serves the
+former too). Kernels: *compiled*, the *reference* in PyTorch, or *not built*. RoIAlign: modules
+that average with `aligned=True`, which `mmdeform.accelerate` can serve on the CPU.
 
 Models were built without weights, preprocessing, trackers, activation checkpointing, process group
 and BERT. Of a model that does not build the parts were built that can be, and the source of the
@@ -62,8 +63,7 @@ def to_markdown(entries: Sequence[Entry], command: str) -> str:
         f"- {len(entries)} configs; {len(entries) - len(models)} of them have no model.\n"
         f"- {len(models) - len(failing)} models build, {len(failing)} do not: causes at the end.\n"
         f"- **{len(touching)} touch a deformable operator.**\n"
-        f"- {sum(entry.roi_align > 0 for entry in entries)} use a RoIAlign (averages, aligned) that "
-        "`mmdeform.accelerate` can serve on the CPU.",
+        f"- {sum(entry.roi_align > 0 for entry in entries)} use a RoIAlign.",
         LEGEND,
         _section("Operators", ("operator", "configs", *DEVICES), _operator_rows(touching)),
         _section(
