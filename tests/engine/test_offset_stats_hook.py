@@ -20,6 +20,7 @@ from mmengine.visualization.vis_backend import BaseVisBackend
 from torch.utils.checkpoint import checkpoint
 
 from mmdeform.engine.hooks import offset_statistics
+from mmdeform.engine.hooks.finite_check import FiniteCheck
 from mmdeform.engine.hooks.offset_statistics import OffsetStatistics
 from mmdeform.layers import (
     DCNv3,
@@ -27,6 +28,7 @@ from mmdeform.layers import (
     DeformConv2d,
     DeformConv2dPack,
     DeformRoIPool,
+    DeformRoIPoolPack,
     ModulatedDeformConv2dPack,
     MultiScaleDeformableAttention,
 )
@@ -273,7 +275,7 @@ class TestReports:
         name, *numbers = table[2].split()
         assert name == "layers.first"
         assert float(numbers[3]) == pytest.approx(8 * 0.75, abs=0.2)  # the warm-up's factor
-        assert "scales 1 predictions until iteration 4: layers.first.conv_offset" in text
+        assert "scales what these layers predict until iteration 4: layers.first.conv_offset" in text
         assert not has_hooks(model)
 
 
@@ -386,6 +388,35 @@ class TestFiniteCheck:
         expected = ": weights conv_offset.bias, mask, output; finite: input x, offset"
         with pytest.raises(RuntimeError, match=expected):
             self.train(tmp_path, self.network(), break_it)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_one_value_is_enough(self, value: float) -> None:
+        def one(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            output[0, 3, 2, 2] = value
+            return output
+
+        layer = dcn()
+        layer.conv_offset.register_forward_hook(one)
+        check = FiniteCheck({"name": layer})
+        check.watch()
+        assert layer(IMAGES[0][None]).isfinite().all()
+        assert "layer 'name' (ModulatedDeformConv2dPack): offset; finite" in check.report()
+
+    def test_layers_without_samples(self) -> None:
+        layer = DeformRoIPoolPack(2, 2, 4)
+        check = FiniteCheck({"name": layer})
+        check.watch()
+        layer(IMAGES[0][None], torch.zeros(0, 5))
+        assert check.report() is None
+
+    def test_a_later_call_of_a_layer(self) -> None:
+        layer = dcn()
+        check = FiniteCheck({"name": layer})
+        check.watch()
+        for factor in (1, torch.nan, 1):
+            layer(IMAGES[0][None] * factor)
+        assert ": input x, offset, mask, output; finite: weights" in check.report()
 
     def test_offsets_as_an_input(self, tmp_path: Path) -> None:
         offset = torch.zeros(1, 18, 6, 6)

@@ -31,7 +31,8 @@ class OffsetStatsHook(Hook):
                        RoI pooling in fractions of the RoI's width and height
     ``max``            the longest offset
     ``outside``        share of samples outside the map, which read nothing: not -1 < x < width or
-                       not -1 < y < height (of RoI pooling: bins whose centre is there)
+                       not -1 < y < height (of RoI pooling: bins whose centre is there); without
+                       offsets that of the taps in the padding
     ``mask_mean``      mean of the masks; not for softmaxed weights
     ``mask_saturated`` share of masks below 0.05 or above 0.95, where a sigmoid hardly learns
     ``entropy``        of softmaxed weights, relative to equal ones: 1 is an average, 0 one sample

@@ -91,7 +91,7 @@ class OffsetWarmupHook(Hook):
         self._set_factor(runner)
         if self._handles:
             runner.logger.info(
-                f"OffsetWarmupHook scales {len(names)} predictions until iteration {self.iters}: "
+                f"OffsetWarmupHook scales what these layers predict until iteration {self.iters}: "
                 f"{', '.join(names)}"
             )
 
