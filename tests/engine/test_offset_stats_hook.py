@@ -275,7 +275,7 @@ class TestReports:
         name, *numbers = table[2].split()
         assert name == "layers.first"
         assert float(numbers[3]) == pytest.approx(8 * 0.75, abs=0.2)  # the warm-up's factor
-        assert "scales what these layers predict until iteration 4: layers.first.conv_offset" in text
+        assert "predict until iteration 4: layers.first.conv_offset" in text
         assert not has_hooks(model)
 
 
