@@ -48,6 +48,7 @@ NAMES = {
     "DeformRoIPoolPack": layers.DeformRoIPoolPack,
     "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,
     "MultiScaleDeformableAttention": layers.MultiScaleDeformableAttention,
+    "SingleLevelDeformableAttention": layers.SingleLevelDeformableAttention,
 }
 
 

@@ -79,6 +79,12 @@ CASES = {
     "attention-points": Case(
         layers.MultiScaleDeformableAttention, ATTENTION, "sampling_offsets", limit=3.5
     ),
+    "attention-levels": Case(
+        layers.SingleLevelDeformableAttention,
+        ATTENTION | dict(num_levels=1),
+        "sampling_offsets",
+        limit=3.5,
+    ),
     "attention-boxes": Case(
         layers.MultiScaleDeformableAttention, ATTENTION, "sampling_offsets", limit=3.5
     ),
@@ -126,6 +132,10 @@ def predict(name: str, layer: nn.Module) -> Tensor:
     if name.startswith("attention"):
         query, references = inputs(name)
         locations, _ = layer.predict_sampling(query, references, SHAPES)
+        if name == "attention-levels":
+            level = torch.tensor([0] * 30 + [1] * 12)
+            moved = locations - references[:, range(TOKENS), level][:, :, None, None, None]
+            return moved * SHAPES.flip(-1)[level][:, None, None, None]
         moved = locations - references[:, :, None, :, None, :2]
         if name == "attention-points":
             return moved * SHAPES.flip(-1)[:, None]
