@@ -56,6 +56,7 @@ def allow_mmengine_checkpoints() -> None:
     """
     import numpy as np  # torch alone does not need it
     from mmengine.logging import HistoryBuffer
+    from mmengine.runner import checkpoint
 
     multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # numpy 2 renamed it
     allowed: list[Any] = [HistoryBuffer, (_history_buffer_getattr, "builtins.getattr")]
@@ -66,6 +67,10 @@ def allow_mmengine_checkpoints() -> None:
     # Numbers and booleans: never objects, whose arrays can hold anything.
     allowed += sorted({type(np.dtype(code)) for code in "?bhilqBHILQefdFD"}, key=str)
     torch.serialization.add_safe_globals(allowed)
+    if hasattr(checkpoint, "get_torch_safe_globals"):
+        # onedl-mmengine allows its own list during a load, and then takes it away, though it was
+        # allowed before. The list lacks getattr, without which it loads with the check off.
+        checkpoint.get_torch_safe_globals = list
 
 
 def _history_buffer_getattr(owner: Any, name: str) -> Any:

@@ -30,6 +30,12 @@ SETUPTOOLS = f"{PIP} install 'setuptools<81' wheel"
 MMENGINE = f"{PIP} install mmengine==0.10.7"
 # Not from pip's cache: its wheel may have been built for another torch.
 MMCV = f"{SETUPTOOLS} && {PIP} install --no-build-isolation --no-cache-dir mmcv==2.1.0"
+# Maintained forks under the same import names, and the versions that the tests run on.
+FORKS = {
+    "mmengine": "onedl-mmengine==0.10.12",
+    "mmcv": "onedl-mmcv==2.3.6",
+    "mmdet": "onedl-mmdetection==3.5.1",
+}
 ENVIRONMENT = (
     "MMDEFORM_REQUIRE_EXT",
     "MMDEFORM_CPU_CAPABILITY",
@@ -99,6 +105,11 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _fork_version(name: str) -> str | None:
+    """The version of the fork that is installed as ``mmengine``, ``mmcv`` or ``mmdet``."""
+    return _version(FORKS[name].partition("==")[0])
+
+
 def _release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 13) of ``2.13.0+cpu``."""
     numbers = []
@@ -122,8 +133,15 @@ def _check_torch(report: Report) -> None:
 
 
 def _check_openmmlab(report: Report) -> None:
-    for name in ("mmengine", "mmcv", "mmdet"):
-        report.row(name, _version(name) or "not installed")
+    for name, requirement in FORKS.items():
+        version, fork_version = _version(name), _fork_version(name)
+        fork = requirement.partition("==")[0]
+        report.row(name, f"{fork_version} ({fork})" if fork_version else version or "not installed")
+        if version and fork_version:
+            report.problem(
+                f"{name} {version} and {fork} {fork_version} are both installed, in one folder",
+                f"{PIP} uninstall -y {name} {fork}",
+            )
     if importlib.util.find_spec("mmengine") is None:
         report.problem("mmengine is not installed: no layers, no configs, no training", MMENGINE)
         return
@@ -136,19 +154,25 @@ def _check_openmmlab(report: Report) -> None:
         cause = "without its operators" if "No module named 'mmcv._ext'" in error else "unusable"
         report.problem(
             f"mmcv is installed {cause}, so there are no layers: {error}",
-            f"{PIP} uninstall -y mmcv mmcv-lite; {MMCV}",
+            _rebuild("mmcv")
+            if _fork_version("mmcv")
+            else f"{PIP} uninstall -y mmcv mmcv-lite; {MMCV}",
         )
         return
     error = _import_error("mmdet") if importlib.util.find_spec("mmdet") is not None else None
     if error is not None:
-        # mmdet asserts the versions that it accepts.
-        mismatch = error.startswith("AssertionError")
-        report.problem(
-            f"mmdet cannot be imported: {error}",
-            f"{MMENGINE} && {MMCV}"
-            if mismatch
-            else f"{PIP} install --force-reinstall mmdet==3.3.0",
-        )
+        fix = f"{PIP} install --force-reinstall mmdet==3.3.0"
+        if _fork_version("mmdet"):
+            fix = _rebuild("mmdet")
+        elif error.startswith("AssertionError"):  # mmdet asserts the versions that it accepts
+            fix = f"{MMENGINE} && {MMCV}"
+        report.problem(f"mmdet cannot be imported: {error}", fix)
+
+
+def _rebuild(name: str) -> str:
+    """The command that installs a fork again, for the torch that is installed."""
+    options = "--no-build-isolation --no-cache-dir --no-deps --force-reinstall"
+    return f"{PIP} install {options} {FORKS[name]}"
 
 
 def _import_error(module: str) -> str | None:
@@ -162,6 +186,8 @@ def _import_error(module: str) -> str | None:
 def _check_setuptools(report: Report) -> None:
     version = _version("setuptools")
     report.row("setuptools", version or "not installed")
+    if _fork_version("mmengine"):  # the forks do without pkg_resources
+        return
     if version is None or _release(version) >= (81,):
         report.problem(
             f"setuptools {version or 'is not installed'}: building mmcv and reading `mmdet::` "

@@ -43,6 +43,7 @@ def test_a_checkpoint_loads(checkpoint: Path) -> None:
     assert (buffer.mean(), buffer.min(), buffer.max(), buffer.current()) == (3, 1, 6, 6)
     buffer.update(8.0)  # usable, as after a resume
     assert buffer.statistics("mean", 2) == 7
+    assert torch.load(checkpoint).keys() == loaded.keys()  # allowed also after a load by mmengine
     info = loaded["message_hub"]["runtime_info"]
     assert info == dict(double=0.5, single=0.5, step=7, ok=True)
 

@@ -205,6 +205,40 @@ def test_package_that_cannot_be_imported(healthy, monkeypatch, module, error, te
     assert fix in problem.fix
 
 
+@pytest.fixture
+def forks(healthy):
+    """The same machine with the maintained forks, which need no old setuptools."""
+    for name in ("mmengine", "mmcv", "mmdet"):
+        del healthy["versions"][name]
+    versions = {"onedl-mmengine": "0.10.12", "onedl-mmcv": "2.3.6", "onedl-mmdetection": "3.5.1"}
+    healthy["versions"].update(versions, setuptools="84.2.1")
+    return healthy["versions"]
+
+
+def test_forks_are_as_good(forks):
+    report = doctor.diagnose()
+    assert report.problems == []
+    assert ("mmdet", "3.5.1 (onedl-mmdetection)") in report.rows
+    assert ("mmcv", "2.3.6 (onedl-mmcv)") in report.rows
+
+
+@pytest.mark.parametrize(
+    "module, fork", [("mmcv.ops", "onedl-mmcv==2.3.6"), ("mmdet", "onedl-mmdetection==3.5.1")]
+)
+def test_broken_fork_is_repaired_by_the_fork(forks, monkeypatch, module, fork):
+    monkeypatch.setattr(doctor, "_import_error", {module: "ImportError: undefined symbol"}.get)
+    problem = the_problem()
+    assert "undefined symbol" in problem.text
+    assert problem.fix.endswith(f"--force-reinstall {fork}")
+
+
+def test_fork_beside_the_original(forks):
+    forks["mmcv"] = "2.1.0"
+    problem = the_problem()
+    assert problem.text == "mmcv 2.1.0 and onedl-mmcv 2.3.6 are both installed, in one folder"
+    assert problem.fix.endswith("pip uninstall -y mmcv onedl-mmcv")
+
+
 def test_import_error_is_told_and_not_raised():
     assert doctor._import_error("mmdeform.ops") is None
     expected = "ModuleNotFoundError: No module named 'mmdeform_no_such'"
