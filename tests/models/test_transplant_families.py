@@ -95,6 +95,7 @@ def detr(path: str) -> ConfigDict:
         head = model.panoptic_head
         head.update(in_channels=[32, 64, 128, 256], num_queries=10)
         model.train_cfg.num_points = 64
+        model.data_preprocessor.batch_augments = None  # pads to 1024 x 1024
         head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 1
     else:
         model.neck.in_channels = [64, 128, 256]
