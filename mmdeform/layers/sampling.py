@@ -5,7 +5,8 @@
 
 Everything that looks at offsets, locations or masks asks here. Another class of layers joins by a
 function under ``@sampling_of.register(ItsClass)``. Subclasses are included, and whether mmcv's
-classes run on mmcv's kernels or on ours makes no difference.
+classes run on mmcv's kernels or on ours makes no difference. Only modules can be asked: not mmdet's
+TOOD, which calls ``deform_conv2d`` itself; nor mmcv's SAConv2d, which samples twice.
 """
 
 import functools
@@ -27,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mmdeform.ops._roi import round_half_away
 from mmdeform.ops.dcnv3 import sampling_positions as dcnv3_positions
+from mmdeform.ops.deform_conv2d import output_size
 from mmdeform.ops.deform_conv2d import sampling_positions as conv_positions
 
 from .dcn_base import DCNBase
@@ -228,6 +230,9 @@ def sampling_of(module: nn.Module, **inputs: Any) -> Sampling:
 def _conv(module: Any, x: Tensor, offset: Tensor, mask: Tensor | None = None, **_: Any) -> Sampling:
     geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
     offset = _precise(offset)
+    if mask is not None:
+        size = output_size(x.shape[2:], *geometry)
+        offset, mask = _as_read(offset, size), _as_read(mask, size)
     y, x_ = conv_positions(offset, *geometry)
     points = 2 * module.kernel_size[0] * module.kernel_size[1]
     grid_y, grid_x = conv_positions(torch.zeros_like(offset[:1, :points]), *geometry)
@@ -241,6 +246,18 @@ def _conv(module: Any, x: Tensor, offset: Tensor, mask: Tensor | None = None, **
         weighting="none" if mask is None else "sigmoid",
         sample_dims=(2,),
     )
+
+
+def _as_read(map: Tensor, size: tuple[int, int]) -> Tensor:
+    """What mmcv's v2 makes of offsets and masks that have more pixels than its output has.
+
+    It takes the first numbers of each image for a map of the output's size. mmdet's DyHead hands
+    such maps, of the next larger level, to it; our layers refuse them.
+    """
+    count = map.shape[1] * size[0] * size[1]
+    if map.shape[1:].numel() <= count:
+        return map
+    return map.flatten(1)[:, :count].unflatten(1, (map.shape[1], *size))
 
 
 @sampling_of.register(mmcv_v1.DeformConv2dPack)

@@ -323,7 +323,17 @@ class TestMeasuringChangesNothing:
 
         stats = hook(check_nan=False)
         stats.interval = 2
-        make_runner(Network(run, dcn=dcn()), IMAGES, [stats], tmp_path).train()
+        model = Network(run, dcn=dcn())
+        after: list[bool] = []
+        stats_after = stats.after_train_iter
+
+        def look(*args: Any, **kwargs: Any) -> None:
+            stats_after(*args, **kwargs)
+            after.append(has_hooks(model))
+
+        stats.after_train_iter = look
+        make_runner(model, IMAGES, [stats], tmp_path).train()
+        assert after == [False] * 4
         assert seen == [(False, False), (True, False), (False, False), (True, False)]
 
     def test_hooks_are_removed_after_a_failure(self, tmp_path: Path) -> None:

@@ -149,6 +149,9 @@ class TestTraining:
         assert len(resumed) == 4 and all(map(torch.equal, resumed, whole[3:]))
         train("late", 6, resume=False)
         assert torch.equal(train("late", 7, resume=True)[0], whole[6])
+        logs = "".join(path.read_text() for path in (tmp_path / "late").rglob("*.log"))
+        assert "resumed epoch: 0, iter: 6" in logs
+        assert logs.count("OffsetWarmupHook scales") == 1  # not of the second training
 
     def test_validation_has_the_factor_of_training(self, tmp_path: Path) -> None:
         @METRICS.register_module(force=True)

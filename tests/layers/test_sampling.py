@@ -121,6 +121,18 @@ class TestConvolutions:
             check_shapes(sampling)
             assert torch.equal(sampling.offset[0, 0, 4, 2, 3], offset[0, [9, 8], 2, 3])
 
+    def test_offsets_of_a_larger_map(self) -> None:
+        """As mmdet's DyHead hands them to mmcv's layer."""
+        layer = shake(mmcv_v2.ModulatedDeformConv2d(2, 3, 3, padding=1, bias=False))
+        x = torch.randn(2, 2, 4, 5).double()
+        offset, mask = torch.randn(2, 18, 8, 10).double(), torch.rand(2, 9, 8, 10).double()
+        sampling = sampled(layer, (x, offset, mask))
+        check_shapes(sampling)
+        values = read(x, sampling.locations[:, 0].flatten(2, 3)).unflatten(-1, (4, 5))
+        values = values * sampling.mask
+        expected = torch.einsum("ock,nckhw->nohw", layer.weight.flatten(2), values)
+        torch.testing.assert_close(layer(x, offset, mask), expected)
+
     def test_locations_are_where_the_operator_reads(self) -> None:
         # Output channel (group, axis, tap) reads one tap of one ramp.
         image, groups, taps = ramps(30, 26).repeat(1, 2, 1, 1), 2, 6
