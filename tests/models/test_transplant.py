@@ -204,6 +204,14 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             transplant(nn.ModuleDict(dict(x=old)), rule)
 
+    @pytest.mark.parametrize(
+        "norm", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm]
+    )
+    def test_hooks_are_an_error(self, norm: Any) -> None:
+        model = nn.ModuleDict(dict(x=norm(nn.Conv2d(4, 4, 3))))
+        with pytest.raises(ValueError, match="hooks, such as spectral_norm, which cannot be kept"):
+            transplant(model, dict(select="x", type="mmdeform.DCNv2"))
+
     def test_module_is_no_argument(self) -> None:
         class Pooling(nn.Module):
             def __init__(self, conv: int = 3) -> None:

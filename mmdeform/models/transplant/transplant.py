@@ -6,6 +6,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from mmdeform.registry import MODELS
 
@@ -163,6 +164,8 @@ def _make(
     old: nn.Module, kind: Callable[..., nn.Module], settings: dict[str, Any], label: str
 ) -> nn.Module:
     title = f"{label} ({type(old).__name__})"
+    if old._forward_pre_hooks or old._forward_hooks or is_parametrized(old):
+        raise ValueError(f"{title} has hooks, such as spectral_norm, which cannot be kept")
     try:
         arguments = take_arguments(old, kind, settings)
     except ValueError as error:
