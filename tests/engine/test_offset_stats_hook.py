@@ -219,6 +219,8 @@ class TestReports:
         assert table[1].split()[0] == "layers.first" and table[1].split()[-1] == "-"
         assert table[2].split()[0] == "layers.second" and table[2].split()[-1] == "1.000"
         assert len({len(line) for line in table}) == 1  # aligned
+        assert float(table[1].split()[1]) == pytest.approx(values[f"{name}/p50"], rel=0.01)
+        assert table[1].split()[3] == f"{values[f'{name}/outside']:.2%}"
 
     def test_tensorboard(self, tmp_path: Path) -> None:
         pytest.importorskip("tensorboard")

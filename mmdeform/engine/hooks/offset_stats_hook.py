@@ -129,7 +129,10 @@ class OffsetStatsHook(Hook):
         statistics, self._statistics = self._statistics, None
         problem = None if check is None else check.report()
         if problem is not None:
-            message = f"OffsetStatsHook: iteration {runner.iter + 1}: {problem}"
+            where = f"iteration {runner.iter + 1}"
+            if runner.world_size > 1:
+                where += f", rank {runner.rank}"
+            message = f"OffsetStatsHook: {where}: {problem}"
             if not failed:
                 raise RuntimeError(message)
             runner.logger.error(message)
@@ -179,11 +182,11 @@ def _table(results: dict[str, dict[str, float]], iteration: int) -> str:
     idle = [layer for layer, values in results.items() if not values]
     results = {layer: values for layer, values in results.items() if values}
     names = list(dict.fromkeys(name for values in results.values() for name in values))
-    shares = ("outside", "mask_saturated")
+    formats = dict(outside=".2%", mask_saturated=".2%", mask_mean=".3f", entropy=".3f")
     rows = [["layer", *names]]
     for layer, values in results.items():
         cells = [
-            ("-" if name not in values else f"{values[name]:{'.2%' if name in shares else '.3f'}}")
+            f"{values[name]:{formats.get(name, '.3g')}}" if name in values else "-"
             for name in names
         ]
         rows.append([layer, *cells])
