@@ -142,7 +142,6 @@ def test_one_line_changes_the_kernels_and_not_the_loss(
     found = operators(accelerated[0])
     assert found["mmdeform::deform_conv2d"] == 13  # the 3x3 convolutions of the last three stages
     assert found["mmdeform::deform_conv2d_backward"] == 13
-    assert found["mmdeform::deform_roi_pool"] > 0  # RoIAlign, on each level with a RoI
     loss = first_loss(project, STOCK)
     assert 0 < loss < 100
     assert abs(first_loss(project, ACCELERATED) - loss) < 1e-4
