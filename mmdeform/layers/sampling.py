@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -34,6 +33,7 @@ from mmdeform.ops.deform_conv2d import sampling_positions as conv_positions
 from .dcn_base import DCNBase
 from .dcnv4 import DCNv4
 from .deform_ps_roi_pool import DeformPSRoIPool, DeformPSRoIPoolPack
+from .names import matches
 from .single_level_deform_attn import SingleLevelDeformableAttention
 
 __all__ = [
@@ -109,8 +109,9 @@ def deformable_layers(model: nn.Module, layers: str | Sequence[str] = "**") -> d
 
     Args:
         model: Any model.
-        layers: Patterns as of a shell, of which a name has to match one: ``*`` stands for anything,
-            dots included, ``[34]`` for 3 or 4. Default: all layers.
+        layers: A pattern or several, of which a name has to match one. Each part of a name, between
+            dots, is matched as a file name is in a shell: ``*``, ``?``, ``[34]``; ``**`` stands for
+            any number of parts. Default: all layers.
 
     Returns:
         Layers by name, in the order of the model.
@@ -127,13 +128,13 @@ def deformable_layers(model: nn.Module, layers: str | Sequence[str] = "**") -> d
     patterns = [layers] if isinstance(layers, str) else list(layers)
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = {name for name in found if fnmatchcase(name, pattern)}
-        if not matches:
+        matching = {name for name in found if matches(name.split("."), pattern.split("."))}
+        if not matching:
             raise ValueError(
                 f"layers: {pattern!r} matches no deformable layer of {type(model).__name__}; "
                 f"there are {', '.join(found)}"
             )
-        chosen |= matches
+        chosen |= matching
     return {name: module for name, module in found.items() if name in chosen}
 
 

@@ -429,7 +429,8 @@ class TestFinding:
     @pytest.mark.parametrize(
         ("layers", "expected"),
         [
-            ("layer*", ["layer2.conv2", "layer3.conv2"]),
+            ("layer*.**", ["layer2.conv2", "layer3.conv2"]),
+            ("**.conv2", ["layer2.conv2", "layer3.conv2"]),
             ("layer[34].conv?", ["layer3.conv2"]),
             (["head", "layer2.*"], ["layer2.conv2", "head"]),
         ],
@@ -439,9 +440,9 @@ class TestFinding:
 
     def test_a_pattern_that_matches_nothing(self) -> None:
         with pytest.raises(
-            ValueError, match=r"'layer4.*' matches no .*there are layer2.conv2, layer3.conv2, head"
+            ValueError, match=r"'layer\*' matches no .*there are layer2.conv2, layer3.conv2, head"
         ):
-            deformable_layers(self.MODEL, ["head", "layer4.*"])
+            deformable_layers(self.MODEL, ["head", "layer*"])
 
     def test_a_model_without_deformable_layers(self) -> None:
         with pytest.raises(ValueError, match="Linear has no deformable layer"):

@@ -53,7 +53,7 @@ class OffsetStatsHook(Hook):
         interval: Iterations between two measurements. Default: 50.
         percentiles: Percentiles of the length of the offsets, each in [0, 100].
             Default: (50, 95, 99).
-        layers: Pattern or patterns as of a shell, of which a layer's name has to match one; see
+        layers: A pattern or several, of which a layer's name has to match one; see
             :func:`mmdeform.layers.sampling.deformable_layers`. Default: all deformable layers.
         check_nan: Stops training with a RuntimeError that names the layer, and what in it is NaN or
             infinite: an input, the offset, the mask, the weights or the output. If the forward pass

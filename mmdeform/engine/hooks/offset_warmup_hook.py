@@ -45,7 +45,7 @@ class OffsetWarmupHook(Hook):
     Args:
         iters: Iterations until the factor is 1. Default: 500.
         start: The factor at first, in [0, 1]. Default: 0.0.
-        layers: Pattern or patterns as of a shell, of which a layer's name has to match one; see
+        layers: A pattern or several, of which a layer's name has to match one; see
             :func:`mmdeform.layers.sampling.deformable_layers`. Default: all deformable layers.
 
     Raises:

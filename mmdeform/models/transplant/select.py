@@ -3,9 +3,10 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from fnmatch import fnmatchcase
 
 from torch import nn
+
+from mmdeform.layers.names import matches
 
 __all__ = ["select"]
 
@@ -29,19 +30,11 @@ def select(root: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     names = [name for name, _ in root.named_modules(remove_duplicate=False) if name]
     selected = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [name for name in names if _match(pattern.split("."), name.split("."))]
+        found = [name for name in names if matches(name.split("."), pattern.split("."))]
         if not found:
             raise ValueError(f"{pattern!r} selects no module: {_explain(root, pattern)}")
         selected.update(found)
     return [name for name in names if name in selected]
-
-
-def _match(pattern: Sequence[str], name: Sequence[str]) -> bool:
-    if not pattern:
-        return not name
-    if pattern[0] == "**":
-        return any(_match(pattern[1:], name[start:]) for start in range(len(name) + 1))
-    return bool(name) and fnmatchcase(name[0], pattern[0]) and _match(pattern[1:], name[1:])
 
 
 def _explain(root: nn.Module, pattern: str) -> str:
@@ -49,7 +42,7 @@ def _explain(root: nn.Module, pattern: str) -> str:
     parts = pattern.split(".")
     modules = list(root.named_modules(remove_duplicate=False))
     for length in reversed(range(len(parts))):
-        parents = [module for name, module in modules if _match(parts[:length], _split(name))]
+        parents = [module for name, module in modules if matches(_split(name), parts[:length])]
         if parents:
             break
     place = repr(".".join(parts[:length])) if length else type(root).__name__
