@@ -133,6 +133,14 @@ class TestArguments:
             assert new.dropout_layer.drop_prob == 0.2
         assert set(dict(new.named_parameters())) == set(dict(old.named_parameters()))
 
+    def test_rule_serves_many_modules(self) -> None:
+        """mmcv's attention writes into the dict that it is given."""
+        layer = dict(type="Dropout", drop_prob=0.2)
+        rule = dict(select="*", type="MultiheadAttention", dropout_layer=layer, dropout=0.4)
+        olds = [MultiheadAttention(16, 2, dropout_layer=dict(layer)) for _ in range(2)]
+        model = transplant(nn.ModuleList(olds), rule)
+        assert [new.dropout_layer.p for new in model] == [0.4, 0.4] and layer["drop_prob"] == 0.2
+
     def test_of_torchs_attention(self) -> None:
         model = nn.ModuleDict(dict(a=nn.MultiheadAttention(24, 3, batch_first=True)))
         rule = dict(select="a", type="mmdeform.MultiScaleDeformableAttention")

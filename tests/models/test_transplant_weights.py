@@ -121,6 +121,12 @@ class TestWeights:
         transplant(model, dict(select="0", type="mmdeform.DCN"))
         assert model[0] is model[2] and type(model[0]) is layers.DeformConv2dPack
 
+    def test_error_leaves_the_detector_as_it_was(self) -> None:
+        model = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Linear(4, 4)])
+        with pytest.raises(ValueError, match=r"rules\[0\], 1 "):
+            transplant(model, dict(select="*", type="mmdeform.DCN"))
+        assert type(model[0]) is nn.Conv2d
+
     def test_shared_parameters_stay_shared(self) -> None:
         model = nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)])
         model[1].weight = model[0].weight

@@ -1,5 +1,6 @@
 """The detector of a config with some of its modules replaced."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,43 +64,46 @@ def Transplant(
         ValueError: A rule selects nothing, or what another one replaces, or does not fit.
     """
     detector = _build(model, data_preprocessor, arguments)
-    names: dict[int, list[str]] = defaultdict(list)
-    modules = {}
-    for name, module in detector.named_modules(remove_duplicate=False):
-        names[id(module)].append(name)
-        modules[name] = module
-    chosen: dict[str, str] = {}  # every name that is replaced, and the rule that does it
+    modules = dict(detector.named_modules(remove_duplicate=False))
+    plan = _plan(detector, _check_rules(rules), modules)
+    # All of them before the first is placed: an error leaves the detector as it was.
+    new = [_make(modules[names[0]], names[0], rule, label) for names, rule, label in plan]
+    grafts = []
+    for (names, _, _), module in zip(plan, new, strict=True):
+        places = {}
+        for parent, _, leaf in (name.rpartition(".") for name in names):
+            places[id(modules[parent]), leaf] = (modules[parent], leaf)
+        grafts.append(Graft(modules[names[0]], module, list(places.values())))
+    if grafts:
+        if hasattr(detector, "init_weights"):
+            detector.init_weights = InitWeights(detector, grafts)
+        print_log(_table([names for names, _, _ in plan], grafts), logger="current")
+    return detector
+
+
+def _plan(
+    detector: nn.Module, rules: Sequence[dict[str, Any]], modules: dict[str, nn.Module]
+) -> list[tuple[list[str], dict[str, Any], str]]:
+    """All names of each module that is replaced, with its rule and how to call that in errors."""
+    own_names: dict[int, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        own_names[id(module)].append(name)
     plan = []
-    for index, rule in enumerate(_check_rules(rules)):
+    chosen: dict[str, str] = {}
+    for index, rule in enumerate(rules):
         label = f"rules[{index}]"
-        settings = dict(rule)
         try:
-            selected = select(detector, settings.pop("select"))
+            selected = select(detector, rule["select"])
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
-        kind = _resolve(settings.pop("type"), settings.pop("_scope_", None), label)
-        for old in {id(modules[name]): modules[name] for name in selected}.values():
-            for name in names[id(old)]:
+        for key in dict.fromkeys(id(modules[name]) for name in selected):
+            for name in own_names[key]:
                 if name in chosen:
                     raise ValueError(f"{label} and {chosen[name]} both select {name!r}")
                 chosen[name] = label
-            plan.append((old, kind, settings, label))
+            plan.append((own_names[key], rule, label))
     _check_nesting(chosen)
-
-    grafts = []
-    for old, kind, settings, label in plan:
-        own_names = names[id(old)]
-        new = _make(old, kind, settings, f"{label}, {own_names[0]}")
-        parents = [name.rpartition(".") for name in own_names]
-        places = {
-            (id(modules[parent]), leaf): (modules[parent], leaf) for parent, _, leaf in parents
-        }
-        grafts.append((own_names, Graft(old, new, list(places.values()))))
-    if grafts:
-        if hasattr(detector, "init_weights"):
-            detector.init_weights = InitWeights(detector, [graft for _, graft in grafts])
-        print_log(_table(grafts), logger="current")
-    return detector
+    return plan
 
 
 def _build(model: Any, data_preprocessor: Any, arguments: dict[str, Any]) -> nn.Module:
@@ -160,14 +164,15 @@ def _check_nesting(chosen: dict[str, str]) -> None:
                 )
 
 
-def _make(
-    old: nn.Module, kind: Callable[..., nn.Module], settings: dict[str, Any], label: str
-) -> nn.Module:
-    title = f"{label} ({type(old).__name__})"
+def _make(old: nn.Module, name: str, rule: dict[str, Any], label: str) -> nn.Module:
+    settings = {key: value for key, value in rule.items() if key != "select"}
+    kind = _resolve(settings.pop("type"), settings.pop("_scope_", None), label)
+    title = f"{label}, {name} ({type(old).__name__})"
     if old._forward_pre_hooks or old._forward_hooks or is_parametrized(old):
         raise ValueError(f"{title} has hooks, such as spectral_norm, which cannot be kept")
     try:
-        arguments = take_arguments(old, kind, settings)
+        # Copies: constructors take dicts apart, and one rule serves many modules.
+        arguments = copy.deepcopy(take_arguments(old, kind, settings))
     except ValueError as error:
         raise ValueError(f"{title}: {error}") from None
     try:
@@ -191,13 +196,13 @@ def _format(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
-def _table(grafts: Sequence[tuple[list[str], Graft]]) -> str:
+def _table(names_of: Sequence[list[str]], grafts: Sequence[Graft]) -> str:
     rows = [("module", "was", "is", "carried over", "new")]
-    for names, graft in grafts:
+    for names, graft in zip(names_of, grafts, strict=True):
         new = [name for name, _ in graft.new.named_parameters() if name not in graft.carried]
         rows.append(
             (
-                " = ".join(names),
+                names[0] + (f" (and {len(names) - 1} more names)" if len(names) > 1 else ""),
                 type(graft.old).__name__,
                 type(graft.new).__name__,
                 ", ".join(graft.carried) or "-",
