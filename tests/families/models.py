@@ -20,6 +20,7 @@ CHANNELS = ("channels", "embed_dims", "num_feats", "num_deconv_filters", "rfp_in
 LIMITS = dict(
     num_layers=2,  # of encoders and decoders
     num_blocks=2,  # of DyHead
+    num_dyhead_blocks=2,
     stacked_convs=2,
     num_convs=2,
     num_stacks=1,  # of Hourglass
@@ -71,12 +72,12 @@ def _reduced(cfg: Any, shrink: int, key: str = "") -> Any:
     """A copy of a config in which everything that is a size is smaller."""
     if isinstance(cfg, dict):
         if cfg.get("type") == "BertModel":
-            return dict(type=WordModel)
+            return dict(type=WordModel, padded=not cfg.get("use_sub_sentence_represent", False))
         cfg = {name: _reduced(value, shrink, name) for name, value in cfg.items()}
-        for name in ("init_cfg", "pretrained", "batch_augments", "num_cp"):
+        for name in ("init_cfg", "pretrained", "batch_augments", "num_cp", "with_cp"):
             cfg.pop(name, None)
         if cfg.get("type") in ("ResNet", "DetectoRS_ResNet"):
-            cfg.update(base_channels=64 // shrink, frozen_stages=-1)
+            cfg.update(base_channels=64 // shrink, frozen_stages=-1, depth=min(cfg["depth"], 50))
         if cfg.get("type") in WIDE_HEADS:
             cfg["embed_dims"] = 256 // shrink
         if "score_thr" in cfg:

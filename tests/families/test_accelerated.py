@@ -21,13 +21,15 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet")
+from mmdet.models.dense_heads import atss_vlfusion_head
 from mmengine.logging import MessageHub
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdeform import accelerate
+from mmdeform import accelerate, ops
 
+from .language import WordConfig
 from .models import reduced_model, samples
 
 
@@ -59,6 +61,8 @@ class Case:
 
 # Position embeddings of two-stage transformers are made for 256 channels.
 WIDE = dict(shrink=1)
+# GLIP compares texts of up to 256 tokens with as many channels.
+THIN_SWIN = {**WIDE, "backbone.embed_dims": 24, "neck.in_channels": [48, 96, 192]}
 MASKS = dict(with_mask=True)
 WORDS = dict(texts=[("cat", "dog", "car")] * 2, custom_entities=True)
 
@@ -117,6 +121,29 @@ CASES = [
     Case("dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py", size=96, kinds=MASKS),
     Case("dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py"),
     Case("dcnv2/mask-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py", kinds=MASKS),
+    Case("dcn/faster-rcnn_r50_fpn_dpool_1x_coco.py", "deform_roi_pool"),
+    # The gradient by a position jumps at every pixel; on images of 64 one sample is that near.
+    Case("dcnv2/faster-rcnn_r50_fpn_mdpool_1x_coco.py", "deform_roi_pool", size=96),
+    Case("fcos/fcos_r50-dcn-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py"),
+    Case(
+        "glip/glip_atss_swin-t_a_fpn_dyhead_16xb2_ms-2x_funtune_coco.py",
+        kinds=WORDS,
+        model={**THIN_SWIN, "bbox_head.num_dyhead_blocks": 2},
+        left=8,
+    ),
+    Case(
+        "mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py",
+        "ms_deform_attn",
+        kinds=dict(with_mask=True, with_semantic=True),
+    ),
+    Case(
+        "mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py",
+        "ms_deform_attn",
+        kinds=WORDS,
+        model=THIN_SWIN,
+    ),
+    Case("gfl/gfl_r101-dconv-c3-c5_fpn_ms-2x_coco.py", size=96),
+    Case("nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py", size=96),
 ]
 
 
@@ -128,7 +155,8 @@ def stock() -> Iterator[None]:
     hub = MessageHub.get_current_instance()
     hub.update_info("epoch", 100)  # TOOD changes its assigner during the training
     logging.disable(logging.INFO)  # mmengine lists how each parameter was initialised
-    yield
+    with mock.patch.object(atss_vlfusion_head, "BertConfig", WordConfig):
+        yield
     logging.disable(logging.NOTSET)
     hub.pop_info("epoch")
     accelerate.enable() if enabled else accelerate.disable()
@@ -174,11 +202,30 @@ def stock_calls() -> Iterator[collections.Counter[str]]:
             function = getattr(importlib.import_module(f"mmcv.ops.{module}"), name)
             wrapped = staticmethod(counting(operator, getattr(function, method)))
             stack.enter_context(mock.patch.object(function, method, wrapped))
+        # mmcv has no pooling on the CPU: its module computes with our reference.
+        pooling = importlib.import_module("mmcv.ops.deform_roi_pool")
+        wrapped = counting("deform_roi_pool", pooling_reference)
+        stack.enter_context(mock.patch.object(pooling, "deform_roi_pool", wrapped))
         attention = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
         wrapped = counting("ms_deform_attn", attention.multi_scale_deformable_attn_pytorch)
         name = "multi_scale_deformable_attn_pytorch"
         stack.enter_context(mock.patch.object(attention, name, wrapped))
         yield count
+
+
+def pooling_reference(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    gamma: float,
+) -> Tensor:
+    """``mmcv.ops.deform_roi_pool`` by the specification of our operator."""
+    return ops.deform_roi_pool_reference(
+        input, rois, offset, None, output_size, spatial_scale, sampling_ratio, gamma
+    )
 
 
 def seed() -> None:
