@@ -157,9 +157,9 @@ class _ModulatedDeformConv2d(Replacement):
             _pair(dilation),
             strict=False,  # what has other dimensions is refused behind
         )
-        positions = math.prod(
-            (size + 2 * p - d * (kernel - 1) - 1) // s + 1 for size, kernel, s, p, d in sizes
-        )
+        positions = 1  # torch.compile takes no generator here
+        for size, kernel, s, p, d in sizes:
+            positions *= (size + 2 * p - d * (kernel - 1) - 1) // s + 1
         return _has_kernels(offset) and math.prod(offset.shape[2:]) <= positions
 
     @staticmethod
