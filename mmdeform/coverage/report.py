@@ -19,8 +19,9 @@ DEVICES = ("cpu", "cuda")
 LEGEND = """\
 How: *type* where a config reaches a module by `type='mmdeform...'`; *accelerate* where mmdet's
 source fixes the class, so that `custom_imports=['mmdeform.accelerate']` is the way (it serves the
-former too). Kernels: *compiled*, the *reference* in PyTorch, or *not built*. RoIAlign: modules
-that average with `aligned=True`, which `mmdeform.accelerate` can serve on the CPU.
+former too; `mmdeform.typed_attention` gives attention a `type` everywhere). Kernels: *compiled*,
+the *reference* in PyTorch, or *not built*. RoIAlign: modules that average with `aligned=True`,
+which `mmdeform.accelerate` can serve on the CPU.
 
 Models were built without weights, preprocessing, trackers, activation checkpointing, process group
 and BERT. Of a model that does not build the parts were built that can be, and the source of the
