@@ -21,6 +21,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet")
+import mmdet
 from mmdet.models.dense_heads import atss_vlfusion_head
 from mmengine.logging import MessageHub
 from mmengine.structures import BaseDataElement
@@ -306,6 +307,9 @@ def influence(gradients: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_results(case: Case) -> None:
+    if "grounding_dino" in case.config and mmdet.__version__ == "3.5.1":
+        # Without mmdeform too: 1024 numbers per position, and a head that still takes 512.
+        pytest.skip("onedl-mmdetection 3.5.1 widened DINO's positions and forgot Grounding DINO's")
     model = reduced_model(case.config, **case.model)
     data = samples(model, case.size, **case.kinds)
 
