@@ -27,7 +27,7 @@ RANKS = {
     "mmdeform.ops": 1,
     "mmdeform.registry": 1,
     "mmdeform.layers": 2,
-    "mmdeform.accelerate": 2,
+    "mmdeform.accelerate": 3,
     "mmdeform.models": 3,
     "mmdeform.engine": 3,
     "mmdeform.analysis": 3,

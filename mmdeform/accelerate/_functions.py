@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
+from ..layers.sampling import as_mmcv_reads
 from ..ops import _library, ms_deform_attn
+from ..ops.deform_conv2d import output_size
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The kernels bring the map to channels last first. Where a bin has more pixels than this (the few
@@ -130,37 +133,15 @@ class _DeformConv2d(Replacement):
 
 
 class _ModulatedDeformConv2d(Replacement):
-    """All tensors are brought to the dtype of ``offset``, by mmcv's rule."""
+    """All tensors are brought to the dtype of ``offset``, by mmcv's rule.
+
+    mmdet's DyHead brings offsets of a map larger than the output. mmcv does not compare sizes;
+    detectors were trained with what it reads of them.
+    """
 
     module = "modulated_deform_conv"
     name = "ModulatedDeformConv2dFunction"
-
-    @staticmethod
-    def accepts(
-        input: Tensor,
-        offset: Tensor,
-        mask: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        *_: Any,
-    ) -> bool:
-        # mmdet's DyHead brings offsets of a map larger than the output. mmcv does not compare sizes
-        # and reads the first numbers of each image; detectors were trained that way.
-        sizes = zip(
-            input.shape[2:],
-            weight.shape[2:],
-            _pair(stride),
-            _pair(padding),
-            _pair(dilation),
-            strict=False,  # what has other dimensions is refused behind
-        )
-        positions = 1  # torch.compile takes no generator here
-        for size, kernel, s, p, d in sizes:
-            positions *= (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        return _has_kernels(offset) and math.prod(offset.shape[2:]) <= positions
+    accepts = staticmethod(_DeformConv2d.accepts)
 
     @staticmethod
     def forward(
@@ -181,16 +162,29 @@ class _ModulatedDeformConv2d(Replacement):
         input, mask, weight = input.type_as(offset), mask.type_as(offset), weight.type_as(offset)
         bias = None if bias is None else bias.type_as(offset)
         ctx.save_for_backward(input, offset, mask, weight)
+        size = output_size(input.shape[2:], weight.shape[2:], *_convolution(ctx)[:3])
+        offset, mask = as_mmcv_reads(offset, size), as_mmcv_reads(mask, size)
         operator = torch.ops.mmdeform.deform_conv2d
         return _run(operator, input, offset, mask, weight, bias, *_convolution(ctx))
 
     @staticmethod
     def gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.mmdeform.deform_conv2d_backward(
-            grad_output, *ctx.saved_tensors, *_convolution(ctx), _deterministic()
+        input, offset, mask, weight = ctx.saved_tensors
+        read = [as_mmcv_reads(tensor, grad_output.shape[2:]) for tensor in (offset, mask)]
+        grad_input, grad_offset, grad_mask, grad_weight = torch.ops.mmdeform.deform_conv2d_backward(
+            grad_output, input, *read, weight, *_convolution(ctx), _deterministic()
         )
+        grad_offset, grad_mask = _as_large(grad_offset, offset), _as_large(grad_mask, mask)
         grad_bias = grad_output.sum((0, 2, 3)) if ctx.with_bias else None
-        return *gradients, grad_bias, *(None,) * 5
+        return grad_input, grad_offset, grad_mask, grad_weight, grad_bias, *(None,) * 5
+
+
+def _as_large(gradient: Tensor, map: Tensor) -> Tensor:
+    """The gradient of ``map`` from that of what ``as_mmcv_reads`` took of it."""
+    if gradient.shape == map.shape:
+        return gradient
+    unread = map.shape[1:].numel() - gradient.shape[1:].numel()
+    return functional.pad(gradient.flatten(1), (0, unread)).view(map.shape)
 
 
 class _MultiScaleDeformableAttn(Replacement):

@@ -38,6 +38,7 @@ from .single_level_deform_attn import SingleLevelDeformableAttention
 
 __all__ = [
     "Sampling",
+    "as_mmcv_reads",
     "call_arguments",
     "deformable_layers",
     "is_deformable",
@@ -233,7 +234,7 @@ def _conv(module: Any, x: Tensor, offset: Tensor, mask: Tensor | None = None, **
     offset = _precise(offset)
     if mask is not None:
         size = output_size(x.shape[2:], *geometry)
-        offset, mask = _as_read(offset, size), _as_read(mask, size)
+        offset, mask = as_mmcv_reads(offset, size), as_mmcv_reads(mask, size)
     y, x_ = conv_positions(offset, *geometry)
     points = 2 * module.kernel_size[0] * module.kernel_size[1]
     grid_y, grid_x = conv_positions(torch.zeros_like(offset[:1, :points]), *geometry)
@@ -249,11 +250,18 @@ def _conv(module: Any, x: Tensor, offset: Tensor, mask: Tensor | None = None, **
     )
 
 
-def _as_read(map: Tensor, size: tuple[int, int]) -> Tensor:
+def as_mmcv_reads(map: Tensor, size: tuple[int, int]) -> Tensor:
     """What mmcv's v2 makes of offsets and masks that have more pixels than its output has.
 
     It takes the first numbers of each image for a map of the output's size. mmdet's DyHead hands
     such maps, of the next larger level, to it; our layers refuse them.
+
+    Args:
+        map: Offsets or mask, shape (N, channels, H, W).
+        size: (Ho, Wo) of the output.
+
+    Returns:
+        Shape (N, channels, Ho, Wo); ``map`` itself where it has no more pixels than that.
     """
     count = map.shape[1] * size[0] * size[1]
     if map.shape[1:].numel() <= count:
