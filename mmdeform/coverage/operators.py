@@ -90,10 +90,7 @@ def operators_in_source(cls: type) -> set[str]:
             seen.add(value)
             operators = {name for base, name in CLASSES.items() if issubclass(value, base)}
             found |= operators
-            if (
-                not operators
-                and value.__module__.partition(".")[0] == cls.__module__.partition(".")[0]
-            ):
+            if not operators and _package(value) == _package(cls):
                 waiting.append(value)
     return found
 

@@ -320,25 +320,11 @@ def _attention(
     query_pos: Tensor | None = None,
     **_: Any,
 ) -> Sampling:
-    if query_pos is not None:
-        query = query + query_pos
-    if not module.batch_first:
-        query = query.transpose(0, 1)
     predict = getattr(module, "predict_sampling", functools.partial(_mmcv_attention, module))
+    query = _positioned(module, query, query_pos)
     locations, weights = predict(query, reference_points, spatial_shapes)
-    size = spatial_shapes.flip(-1).to(locations.dtype)[:, None]  # (L, 1, 2)
-    locations = locations * size - 0.5
-    points = reference_points[:, :, None, :, None, :2]
-    grid = points.to(locations.dtype) * size - 0.5
-    return Sampling(
-        offset=locations - grid,
-        locations=locations,
-        grid=grid,
-        size=size,
-        mask=weights,
-        weighting="softmax",
-        sample_dims=(3, 4),
-    )
+    size = spatial_shapes.flip(-1)[:, None]  # (L, 1, 2)
+    return _attention_sampling(locations, weights, reference_points[:, :, None, :, None, :2], size)
 
 
 @sampling_of.register(SingleLevelDeformableAttention)
@@ -350,19 +336,30 @@ def _single_level_attention(
     query_pos: Tensor | None = None,
     **_: Any,
 ) -> Sampling:
-    if query_pos is not None:
-        query = query + query_pos
-    if not module.batch_first:
-        query = query.transpose(0, 1)
+    query = _positioned(module, query, query_pos)
     locations, weights = module.predict_sampling(query, reference_points, spatial_shapes)
     sizes = module.level_sizes(spatial_shapes)
     points = reference_points.expand(-1, sum(sizes), len(sizes), -1)[..., :2].split(sizes, 1)
     own_points = torch.cat([points[level][:, :, level] for level in range(len(sizes))], 1)
     tokens = torch.tensor(sizes, device=query.device)
-    size = spatial_shapes.flip(-1).to(locations.dtype).repeat_interleave(tokens, 0)
-    size = size[:, None, None, None]  # (Lq, 1, 1, 1, 2)
+    size = spatial_shapes.flip(-1).repeat_interleave(tokens, 0)[:, None, None, None]
+    return _attention_sampling(locations, weights, own_points[:, :, None, None, None], size)
+
+
+def _positioned(module: Any, query: Tensor, query_pos: Tensor | None) -> Tensor:
+    """The query from which attention predicts, shape (N, Lq, C)."""
+    if query_pos is not None:
+        query = query + query_pos
+    return query if module.batch_first else query.transpose(0, 1)
+
+
+def _attention_sampling(
+    locations: Tensor, weights: Tensor, points: Tensor, size: Tensor
+) -> Sampling:
+    """From locations and reference points in [0, 1] and sizes that broadcast to them."""
+    size = size.to(locations.dtype)
     locations = locations * size - 0.5
-    grid = own_points[:, :, None, None, None].to(locations.dtype) * size - 0.5
+    grid = points.to(locations.dtype) * size - 0.5
     return Sampling(
         offset=locations - grid,
         locations=locations,
