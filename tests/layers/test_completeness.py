@@ -1,0 +1,49 @@
+"""A layer that is registered is known wherever layers are listed by class."""
+
+import pytest
+
+pytest.importorskip("mmcv.ops")
+from torch import nn
+
+from mmdeform import layers
+from mmdeform.coverage.operators import CLASSES
+from mmdeform.engine.optimizers.offset_lr_constructor import _BRANCHES
+from mmdeform.layers.offset_limit import OffsetLimit
+from mmdeform.layers.predictors import predictors
+from mmdeform.layers.sampling import sampling_of
+
+LAYERS = [
+    cls
+    for name in layers.__all__
+    if not issubclass(cls := getattr(layers, name), (layers.OffsetConv2d, layers.OffsetLinear))
+]
+PREDICTING = [
+    cls for cls in LAYERS if hasattr(cls, "predict_offset") or hasattr(cls, "predict_sampling")
+]
+
+
+def test_layers_are_found() -> None:
+    assert layers.DeformRoIPool in LAYERS and layers.DeformRoIPool not in PREDICTING
+    assert {layers.DCNv4, layers.ModulatedDeformConv2dPack} < set(PREDICTING)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_layer_tells_where_it_samples(cls: type[nn.Module]) -> None:
+    assert sampling_of.dispatch(cls) is not sampling_of.dispatch(object)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_layer_is_counted(cls: type[nn.Module]) -> None:
+    assert issubclass(cls, tuple(CLASSES))
+
+
+@pytest.mark.parametrize("cls", PREDICTING)
+class TestPredicting:
+    def test_names_what_predicts(self, cls: type[nn.Module]) -> None:
+        assert predictors.dispatch(cls) is not predictors.dispatch(object)
+
+    def test_has_a_learning_rate(self, cls: type[nn.Module]) -> None:
+        assert any(issubclass(cls, branch.owner) for branch in _BRANCHES)
+
+    def test_limits_its_offsets(self, cls: type[nn.Module]) -> None:
+        assert issubclass(cls, OffsetLimit)
