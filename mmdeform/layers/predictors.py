@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmcv.ops import SAConv2d
 from mmcv.ops import deform_conv as mmcv_v1
 from mmcv.ops import modulated_deform_conv as mmcv_v2
 from mmcv.ops import multi_scale_deform_attn as mmcv_msda
@@ -73,6 +74,16 @@ def _conv_pack(module: Any) -> list[Predictor]:
     points = module.deform_groups * module.kernel_size[0] * module.kernel_size[1]
     masks = points if isinstance(module, mmcv_v2.ModulatedDeformConv2dPack) else 0
     return [_predictor(module, "conv_offset", 2 * points, masks, dim=-3)]
+
+
+@predictors.register(SAConv2d)
+def _switchable_conv(module: Any) -> list[Predictor]:
+    if not module.use_deform:
+        return []
+    return [
+        _predictor(module, name, getattr(module, name).out_channels, dim=-3)
+        for name in ("offset_s", "offset_l")
+    ]
 
 
 @predictors.register(DCNv3)

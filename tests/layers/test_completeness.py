@@ -7,7 +7,6 @@ from torch import nn
 
 from mmdeform import layers
 from mmdeform.coverage.operators import CLASSES
-from mmdeform.engine.optimizers.offset_lr_constructor import _BRANCHES
 from mmdeform.layers.offset_limit import OffsetLimit
 from mmdeform.layers.predictors import predictors
 from mmdeform.layers.sampling import sampling_of
@@ -41,9 +40,6 @@ def test_layer_is_counted(cls: type[nn.Module]) -> None:
 class TestPredicting:
     def test_names_what_predicts(self, cls: type[nn.Module]) -> None:
         assert predictors.dispatch(cls) is not predictors.dispatch(object)
-
-    def test_has_a_learning_rate(self, cls: type[nn.Module]) -> None:
-        assert any(issubclass(cls, branch.owner) for branch in _BRANCHES)
 
     def test_limits_its_offsets(self, cls: type[nn.Module]) -> None:
         assert issubclass(cls, OffsetLimit)

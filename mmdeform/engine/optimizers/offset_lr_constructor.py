@@ -7,7 +7,7 @@ goes by parts of names; neither tells when it reaches nothing.
 import logging
 from math import inf
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmcv import ops as mmcv
@@ -16,34 +16,15 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from mmdeform.layers import DCNv3, DCNv4, DeformPSRoIPoolPack
+from mmdeform.layers.predictors import Predictor, predictors
 from mmdeform.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ["OffsetLrConstructor"]
 
 
-class _Branch(NamedTuple):
-    kind: str
-    owner: type | tuple[type, ...]
-    attribute: str
-
-
-_BRANCHES = (
-    _Branch("conv", (mmcv.DeformConv2d, mmcv.ModulatedDeformConv2d), "conv_offset"),
-    _Branch("conv", mmcv.SAConv2d, "offset_s"),
-    _Branch("conv", mmcv.SAConv2d, "offset_l"),
-    _Branch("conv", DCNv3, "offset"),
-    _Branch("conv", DCNv4, "offset_mask"),
-    _Branch("conv", DeformPSRoIPoolPack, "conv_offset"),
-    _Branch("mask", DCNv3, "mask"),
-    _Branch("mask", mmcv.DeformRoIPool, "mask_fc"),
-    _Branch("roi", mmcv.DeformRoIPool, "offset_fc"),
-    _Branch("sampling_offsets", mmcv.MultiScaleDeformableAttention, "sampling_offsets"),
-    _Branch("attention_weights", mmcv.MultiScaleDeformableAttention, "attention_weights"),
-)
 # Of a detector or transformer, which is known by the attention that it contains.
 _REFERENCE_POINTS = ("reference_points_fc", "reference_points")
-_KINDS = (*dict.fromkeys(branch.kind for branch in _BRANCHES), "reference_points")
+_KINDS = ("conv", "mask", "roi", "sampling_offsets", "attention_weights", "reference_points")
 _SETTINGS = {"lr_mult": "lr", "decay_mult": "weight_decay"}
 
 
@@ -206,15 +187,22 @@ def _find_branches(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
     """Name and module of all branches of each kind, in the order of the model."""
     found: dict[str, dict[str, nn.Module]] = {kind: {} for kind in _KINDS}
     for name, module in model.named_modules():
-        for branch in _BRANCHES:
-            child = getattr(module, branch.attribute, None)
-            if isinstance(module, branch.owner) and isinstance(child, nn.Module):
-                found[branch.kind][f"{name}.{branch.attribute}".lstrip(".")] = child
+        for predictor in predictors(module):
+            kind = _kind(module, predictor)
+            found[kind][f"{name}.{predictor.name}".lstrip(".")] = predictor.module
         for attribute in _REFERENCE_POINTS:
             child = getattr(module, attribute, None)
             if isinstance(child, nn.Linear) and _has_attention(module):
                 found["reference_points"][f"{name}.{attribute}".lstrip(".")] = child
     return found
+
+
+def _kind(layer: nn.Module, predictor: Predictor) -> str:
+    if isinstance(layer, mmcv.MultiScaleDeformableAttention):
+        return predictor.name
+    if not predictor.is_offset.any():
+        return "mask"
+    return "roi" if isinstance(layer, mmcv.DeformRoIPool) else "conv"
 
 
 def _has_attention(module: nn.Module) -> bool:
