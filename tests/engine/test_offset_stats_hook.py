@@ -1,7 +1,6 @@
-"""OffsetStatsHook reports what the layers sampled, and stops where numbers end."""
+"""OffsetStatsHook reports what the layers sampled, and leaves training as it is."""
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,125 +18,13 @@ from mmengine.registry import OPTIM_WRAPPERS, VISBACKENDS
 from mmengine.visualization.vis_backend import BaseVisBackend
 from torch.utils.checkpoint import checkpoint
 
-from mmdeform.engine.hooks import offset_statistics
-from mmdeform.engine.hooks.finite_check import FiniteCheck
-from mmdeform.engine.hooks.offset_statistics import OffsetStatistics
 from mmdeform.layers import (
     DCNv3,
-    DCNv4,
-    DeformConv2d,
-    DeformConv2dPack,
-    DeformRoIPool,
-    DeformRoIPoolPack,
-    ModulatedDeformConv2dPack,
-    MultiScaleDeformableAttention,
 )
-from mmdeform.layers.sampling import Sampling, sampled
+from mmdeform.layers.sampling import sampled
 from mmdeform.registry import HOOKS
 
-from .training import Call, Network, has_hooks, make_runner
-
-IMAGES = [torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(1)) for _ in range(4)]
-
-
-def dcn(**options: Any) -> ModulatedDeformConv2dPack:
-    """Offsets of lengths 0 to 8 and a saturated mask at one of 9 taps."""
-    layer = ModulatedDeformConv2dPack(2, 2, 3, padding=1, **options)
-    layer.conv_offset.bias.data[1:18:2] = torch.arange(9.0)  # x
-    layer.conv_offset.bias.data[18] = 100.0
-    return layer
-
-
-def hook(**options: Any) -> Any:
-    return HOOKS.build(dict(type="mmdeform.OffsetStatsHook", interval=1, **options))
-
-
-def statistics(*samplings: Sampling, percentiles: tuple = (50, 95)) -> dict[str, float]:
-    collected = OffsetStatistics()
-    for sampling in samplings:
-        collected.add(sampling)
-    return collected.compute(percentiles)
-
-
-class TestStatistics:
-    def test_known_offsets(self) -> None:
-        values = statistics(sampled(dcn(), (torch.zeros(1, 2, 6, 30),)), percentiles=(25, 100))
-        assert list(values) == ["p25", "p100", "max", "outside", "mask_mean", "mask_saturated"]
-        assert values["p25"] == 2 and values["p100"] == values["max"] == 8
-        assert values["mask_mean"] == pytest.approx((8 * 0.5 + 1) / 9)
-        assert values["mask_saturated"] == pytest.approx(1 / 9)
-
-    def test_samples_outside(self) -> None:
-        # Of 4 x 5 pixels those of the last column are moved by one: beyond the map.
-        offset = torch.zeros(1, 2, 4, 5)
-        offset[:, 1] = 1.0
-        sampling = sampled(DeformConv2d(1, 1, 1), (torch.zeros(1, 1, 4, 5), offset))
-        values = statistics(sampling)
-        assert values["outside"] == pytest.approx(4 / 20) and "mask_mean" not in values
-
-    def test_entropy(self) -> None:
-        layer = DCNv3(4, 4, 3, padding=1)
-        x = torch.randn(1, 4, 5, 5)
-        assert statistics(sampled(layer, (x,)))["entropy"] == pytest.approx(1)
-        layer.mask.bias.data[:2] = 50.0  # two taps of equal weight
-        two = statistics(sampled(layer, (x,)))
-        assert two["entropy"] == pytest.approx(math.log(2) / math.log(9))
-        assert "mask_mean" not in two and "mask_saturated" not in two
-        layer.mask.bias.data[:2] = torch.tensor([500.0, 0.0])
-        assert statistics(sampled(layer, (x,)))["entropy"] == pytest.approx(0, abs=1e-6)
-
-    def test_entropy_of_attention(self) -> None:
-        layer = MultiScaleDeformableAttention(16, 2, 2, 3)
-        inputs = dict(
-            query=torch.randn(5, 1, 16),
-            reference_points=torch.rand(1, 5, 2, 2),
-            spatial_shapes=torch.tensor([[4, 4], [2, 2]]),
-        )
-        layer.attention_weights.bias.data.view(2, 2, 3)[:, 1] = -500.0  # the first level alone
-        values = statistics(sampled(layer, (), inputs))
-        assert values["entropy"] == pytest.approx(math.log(3) / math.log(6))
-        assert values["max"] == pytest.approx(3)
-
-    def test_unbounded_weights_have_no_saturation(self) -> None:
-        values = statistics(sampled(DCNv4(4, 4, 3, padding=1), (torch.zeros(1, 4, 5, 5),)))
-        assert values["mask_mean"] == pytest.approx(1 / 9)
-        assert "mask_saturated" not in values and "entropy" not in values
-
-    def test_calls_are_merged(self) -> None:
-        layer = dcn()
-        small, large = (sampled(layer, (torch.zeros(1, 2, 6, w),)) for w in (2, 40))
-        merged, whole = statistics(small, large), statistics(large)
-        share = (2 * statistics(small)["outside"] + 40 * whole["outside"]) / 42
-        assert merged["outside"] == pytest.approx(share) and merged["outside"] != whole["outside"]
-        assert merged["p50"] == 4 and merged["max"] == 8
-
-    def test_no_samples(self) -> None:
-        layer = DeformRoIPool((2, 2))
-        empty = sampled(layer, (torch.zeros(1, 2, 6, 6), torch.zeros(0, 5)))
-        assert statistics(empty) == {}
-
-    def test_many_samples_are_drawn_in_proportion(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(offset_statistics, "MAX_SAMPLES", 2000)
-        torch.manual_seed(3)
-        sizes = (30_000, 1_000, 9_000)
-        lengths = [torch.rand(size) + index for index, size in enumerate(sizes)]
-        samplings = [
-            Sampling(
-                offset=torch.stack([length, torch.zeros_like(length)], -1),
-                locations=torch.zeros(len(length), 2),
-                grid=torch.zeros(2),
-                size=torch.ones(2),
-            )
-            for length in lengths
-        ]
-        state = torch.get_rng_state()
-        values = statistics(*samplings, percentiles=(50, 70, 90))
-        assert torch.equal(torch.get_rng_state(), state)
-        true = torch.cat(lengths)
-        assert values["max"] == true.max()
-        for percentile in (50, 70, 90):
-            rank = (true < values[f"p{percentile}"]).float().mean()
-            assert rank == pytest.approx(percentile / 100, abs=0.03)
+from .training import IMAGES, Network, dcn, has_hooks, make_runner, statistics, stats_hook
 
 
 @OPTIM_WRAPPERS.register_module(force=True)
@@ -225,7 +112,9 @@ class TestReports:
     def test_tensorboard(self, tmp_path: Path) -> None:
         pytest.importorskip("tensorboard")
         visualizer = dict(type="Visualizer", vis_backends=[dict(type="TensorboardVisBackend")])
-        make_runner(Network(first=dcn()), IMAGES, [hook()], tmp_path, visualizer=visualizer).train()
+        make_runner(
+            Network(first=dcn()), IMAGES, [stats_hook()], tmp_path, visualizer=visualizer
+        ).train()
         (path,) = tmp_path.rglob("events.out.*")
         assert b"offset/layers.first/p50" in path.read_bytes()
 
@@ -233,7 +122,7 @@ class TestReports:
         model = Network(
             lambda layers, x: layers["a"](layers["plain"](x)), a=dcn(), b=dcn(), plain=dcn()
         )
-        make_runner(model, IMAGES, [hook(layers="layers.[ab]")], tmp_path).train()
+        make_runner(model, IMAGES, [stats_hook(layers="layers.[ab]")], tmp_path).train()
         text = next(tmp_path.rglob("*.log")).read_text()
         table = text[text.index("Offsets at iteration 1 ") :]
         assert "layers.a  " in table and "layers.plain  " not in table
@@ -243,7 +132,7 @@ class TestReports:
         def run(layers: nn.ModuleDict, x: Tensor) -> Tensor:
             return layers["dcn"](x).mean() + layers["dcn"](x[..., :2]).mean()
 
-        stats = hook(check_nan=False)
+        stats = stats_hook(check_nan=False)
         results: list[dict] = []
         stats_after = stats.after_train_iter
 
@@ -265,12 +154,12 @@ class TestReports:
         def run(layers: nn.ModuleDict, x: Tensor) -> Tensor:
             return checkpoint(layers["dcn"], x.requires_grad_(), use_reentrant=reentrant)
 
-        make_runner(Network(run, dcn=dcn()), IMAGES, [hook()], tmp_path).train()
+        make_runner(Network(run, dcn=dcn()), IMAGES, [stats_hook()], tmp_path).train()
         assert next(tmp_path.rglob("*.log")).read_text().count("Offsets at iteration") == 4
 
     def test_distributed(self, tmp_path: Path, process_group: None) -> None:
         model = MMDistributedDataParallel(Network(first=dcn()))
-        hooks = [hook(), dict(type="mmdeform.OffsetWarmupHook", iters=4)]
+        hooks = [stats_hook(), dict(type="mmdeform.OffsetWarmupHook", iters=4)]
         make_runner(model, IMAGES, hooks, tmp_path).train()
         text = next(tmp_path.rglob("*.log")).read_text()
         table = text[text.index("Offsets at iteration 4 ") :].splitlines()
@@ -307,7 +196,7 @@ class TestMeasuringChangesNothing:
             assert not has_hooks(model)
             return model.state_dict(), model.outputs, torch.rand(2)
 
-        plain, watched = train("plain", []), train("watched", [hook()])
+        plain, watched = train("plain", []), train("watched", [stats_hook()])
         for name, value in plain[0].items():
             assert torch.equal(watched[0][name], value), name
         assert all(map(torch.equal, plain[1], watched[1])) and len(plain[1]) == 4
@@ -323,7 +212,7 @@ class TestMeasuringChangesNothing:
             x.register_hook(lambda _: seen.append((inside, has_hooks(layers))))
             return x
 
-        stats = hook(check_nan=False)
+        stats = stats_hook(check_nan=False)
         stats.interval = 2
         model = Network(run, dcn=dcn())
         after: list[bool] = []
@@ -345,130 +234,8 @@ class TestMeasuringChangesNothing:
 
         model = Network(run, dcn=dcn())
         with pytest.raises(ArithmeticError, match="stop"):
-            make_runner(model, IMAGES, [hook()], tmp_path).train()
+            make_runner(model, IMAGES, [stats_hook()], tmp_path).train()
         assert not has_hooks(model.layers)
-
-
-class TestFiniteCheck:
-    def train(self, tmp_path: Path, model: nn.Module, break_it: Any, **options: Any) -> None:
-        def at_iteration_3(runner: Any) -> None:
-            if runner.iter == 2:
-                with torch.no_grad():
-                    break_it(model.layers)
-
-        hooks = [hook(**options), Call(at_iteration_3)]
-        make_runner(model, IMAGES, hooks, tmp_path).train()
-
-    def network(self) -> Network:
-        return Network(
-            stem=nn.Conv2d(2, 2, 1), first=dcn(), second=DeformConv2dPack(2, 2, 3, padding=1)
-        )
-
-    @pytest.mark.parametrize(
-        ("parameter", "expected"),
-        [
-            ("stem.bias", "first' .*: input x, offset, mask, output; finite: weights. 1 of"),
-            (
-                "first.conv_offset.bias",
-                "first' .*: weights conv_offset.bias, offset; finite: input x, mask, output",
-            ),
-            ("first.weight", "first' .*: weights weight, output; finite: .*offset, mask"),
-            ("second.weight", "second' .*: weights weight, output; finite: .*offset"),
-        ],
-    )
-    @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-    def test_names_layer_and_iteration(
-        self, tmp_path: Path, parameter: str, expected: str, value: float
-    ) -> None:
-        def break_it(layers: nn.ModuleDict) -> None:
-            layers.get_parameter(parameter).view(-1)[0] = value
-
-        model = self.network()
-        with pytest.raises(RuntimeError, match=f"iteration 3: NaN .* in layer 'layers.{expected}"):
-            self.train(tmp_path, model, break_it)
-        assert not has_hooks(model.layers)
-        # The optimizer has not spread it.
-        broken = [
-            name for name, value in model.layers.named_parameters() if not value.isfinite().all()
-        ]
-        assert broken == [parameter]
-
-    def test_masks_are_told_from_offsets(self, tmp_path: Path) -> None:
-        def break_it(layers: nn.ModuleDict) -> None:
-            layers["first"].conv_offset.bias[-1] = float("nan")
-
-        expected = ": weights conv_offset.bias, mask, output; finite: input x, offset"
-        with pytest.raises(RuntimeError, match=expected):
-            self.train(tmp_path, self.network(), break_it)
-
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-    def test_one_value_is_enough(self, value: float) -> None:
-        def one(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            output = output.clone()
-            output[0, 3, 2, 2] = value
-            return output
-
-        layer = dcn()
-        layer.conv_offset.register_forward_hook(one)
-        check = FiniteCheck({"name": layer})
-        check.watch()
-        assert layer(IMAGES[0][None]).isfinite().all()
-        assert "layer 'name' (ModulatedDeformConv2dPack): offset; finite" in check.report()
-
-    def test_layers_without_samples(self) -> None:
-        layer = DeformRoIPoolPack(2, 2, 4)
-        check = FiniteCheck({"name": layer})
-        check.watch()
-        layer(IMAGES[0][None], torch.zeros(0, 5))
-        assert check.report() is None
-
-    def test_a_later_call_of_a_layer(self) -> None:
-        layer = dcn()
-        check = FiniteCheck({"name": layer})
-        check.watch()
-        for factor in (1, torch.nan, 1):
-            layer(IMAGES[0][None] * factor)
-        assert ": input x, offset, mask, output; finite: weights" in check.report()
-
-    def test_offsets_as_an_input(self, tmp_path: Path) -> None:
-        offset = torch.zeros(1, 18, 6, 6)
-        model = Network(
-            lambda layers, x: layers["conv"](x, offset=offset),
-            conv=DeformConv2d(2, 2, 3, padding=1),
-        )
-        expected = "'layers.conv' .*: offset; finite: input x, weights, output"
-        with pytest.raises(RuntimeError, match=expected):
-            self.train(tmp_path, model, lambda _: offset[0, 0, 0].fill_(torch.inf))
-
-    def test_a_failing_forward_pass_is_explained_in_the_log(self, tmp_path: Path) -> None:
-        def run(layers: nn.ModuleDict, x: Tensor) -> Tensor:
-            x = layers["dcn"](x)
-            if not x.isfinite().all():
-                raise ArithmeticError("invalid numeric entries")
-            return x
-
-        def break_it(layers: nn.ModuleDict) -> None:
-            layers["dcn"].weight[0] = torch.nan
-
-        with pytest.raises(ArithmeticError):
-            self.train(tmp_path, Network(run, dcn=dcn()), break_it)
-        text = next(tmp_path.rglob("*.log")).read_text()
-        assert "ERROR" in text
-        assert "iteration 3: NaN or infinite in layer 'layers.dcn'" in text
-
-    def test_interval(self, tmp_path: Path) -> None:
-        def break_it(layers: nn.ModuleDict) -> None:
-            layers["first"].conv_offset.bias[0] = torch.nan
-
-        with pytest.raises(RuntimeError, match="iteration 4"):
-            self.train(tmp_path, self.network(), break_it, check_interval=2)
-
-    def test_it_can_be_switched_off(self, tmp_path: Path) -> None:
-        def break_it(layers: nn.ModuleDict) -> None:
-            layers["second"].conv_offset.bias[0] = torch.nan
-
-        self.train(tmp_path, self.network(), break_it, check_nan=False)
-        assert "nan" in next(tmp_path.rglob("*.log")).read_text()
 
 
 class TestErrors:
@@ -487,9 +254,9 @@ class TestErrors:
 
     def test_a_model_without_deformable_layers(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Network has no deformable layer"):
-            make_runner(Network(conv=nn.Conv2d(2, 2, 1)), IMAGES, [hook()], tmp_path).train()
+            make_runner(Network(conv=nn.Conv2d(2, 2, 1)), IMAGES, [stats_hook()], tmp_path).train()
 
     def test_a_pattern_that_matches_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"'backbone.*' matches no .*there are layers.dcn"):
-            stats = hook(layers="backbone.*")
+            stats = stats_hook(layers="backbone.*")
             make_runner(Network(dcn=dcn()), IMAGES, [stats], tmp_path).train()

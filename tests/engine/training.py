@@ -13,6 +13,13 @@ from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mmdeform.engine.hooks.offset_statistics import OffsetStatistics
+from mmdeform.layers import ModulatedDeformConv2dPack
+from mmdeform.layers.sampling import Sampling
+from mmdeform.registry import HOOKS
+
+IMAGES = [torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(1)) for _ in range(4)]
+
 
 class Network(BaseModel):
     """Calls ``run(layers, x)``, by default one layer after the other; the loss is a mean square."""
@@ -79,3 +86,22 @@ def make_runner(
 
 def has_hooks(model: nn.Module) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def dcn(**options: Any) -> ModulatedDeformConv2dPack:
+    """Offsets of lengths 0 to 8 and a saturated mask at one of 9 taps."""
+    layer = ModulatedDeformConv2dPack(2, 2, 3, padding=1, **options)
+    layer.conv_offset.bias.data[1:18:2] = torch.arange(9.0)  # x
+    layer.conv_offset.bias.data[18] = 100.0
+    return layer
+
+
+def stats_hook(**options: Any) -> Any:
+    return HOOKS.build(dict(type="mmdeform.OffsetStatsHook", interval=1, **options))
+
+
+def statistics(*samplings: Sampling, percentiles: tuple = (50, 95)) -> dict[str, float]:
+    collected = OffsetStatistics()
+    for sampling in samplings:
+        collected.add(sampling)
+    return collected.compute(percentiles)
