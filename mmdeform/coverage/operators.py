@@ -24,6 +24,7 @@ CLASSES: dict[type[nn.Module], str] = {
     layers.DeformPSRoIPool: "deform_ps_roi_pool",
     layers.DCNv3: "dcnv3",
     layers.DCNv4: "dcnv4",
+    layers.DeformableAttention2d: "dat_attn",
 }
 # Functions that any other module may call.
 FUNCTIONS: list[tuple[Any, str]] = [

@@ -1,5 +1,6 @@
 """Layers: published classes, state dicts and arguments on the operators of ``mmdeform.ops``."""
 
+from .dat_attn import DeformableAttention2d
 from .dcnv3 import DCNv3
 from .dcnv4 import DCNv4
 from .deform_conv2d import (
@@ -23,6 +24,7 @@ __all__ = [
     "DeformPSRoIPoolPack",
     "DeformRoIPool",
     "DeformRoIPoolPack",
+    "DeformableAttention2d",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
     "ModulatedDeformRoIPoolPack",

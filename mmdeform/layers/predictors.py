@@ -13,6 +13,7 @@ from mmcv.ops import modulated_deform_conv as mmcv_v2
 from mmcv.ops import multi_scale_deform_attn as mmcv_msda
 from torch import Tensor, nn
 
+from .dat_attn import DeformableAttention2d
 from .dcnv3 import DCNv3
 from .dcnv4 import DCNv4
 from .deform_ps_roi_pool import DeformPSRoIPoolPack
@@ -107,6 +108,11 @@ def _attention(module: Any) -> list[Predictor]:
         _predictor(module, "sampling_offsets", module.sampling_offsets.out_features),
         _predictor(module, "attention_weights", 0, module.attention_weights.out_features),
     ]
+
+
+@predictors.register(DeformableAttention2d)
+def _dat(module: Any) -> list[Predictor]:
+    return [_predictor(module, "conv_offset", 2, dim=-3)] if module.use_offsets else []
 
 
 @predictors.register(_mmcv_roi.DeformRoIPoolPack)

@@ -30,6 +30,7 @@ from mmdeform.ops.dcnv3 import sampling_positions as dcnv3_positions
 from mmdeform.ops.deform_conv2d import output_size
 from mmdeform.ops.deform_conv2d import sampling_positions as conv_positions
 
+from .dat_attn import DeformableAttention2d
 from .dcn_base import DCNBase
 from .dcnv4 import DCNv4
 from .deform_ps_roi_pool import DeformPSRoIPool, DeformPSRoIPoolPack
@@ -60,6 +61,7 @@ class Sampling:
     ======================================= ========================================
     convolutions                            (N, D, K, Ho, Wo): D deform groups, K taps
     multi-scale deformable attention        (N, Lq, M, L, P): heads, levels, points
+    deformable attention of DAT             (N, G, Hk, Wk): groups, keys
     deformable RoI pooling                  (R, Ph, Pw)
     position-sensitive pooling              (R, classes, Ph, Pw)
     ======================================= ========================================
@@ -384,6 +386,15 @@ def _mmcv_attention(
     else:
         offset = offset / module.num_points * points[..., 2:] * 0.5
     return points[..., :2] + offset, weights.view(shape)
+
+
+@sampling_of.register(DeformableAttention2d)
+def _dat(module: Any, x: Tensor, **_: Any) -> Sampling:
+    positions, reference = module.predict_positions(x)
+    size = _size(x, positions)
+    # (y, x), where -1 and 1 are the centres of the first and the last pixel.
+    locations, grid = ((points.flip(-1) + 1) / 2 * (size - 1) for points in (positions, reference))
+    return Sampling(offset=locations - grid, locations=locations, grid=grid, size=size)
 
 
 # --- RoI pooling ---

@@ -1,0 +1,24 @@
+"""Layer normalisation of maps whose channels come first."""
+
+from torch import Tensor, nn
+
+__all__ = ["LayerNorm2d"]
+
+
+class LayerNorm2d(nn.Module):
+    """Normalises the channels of each pixel of (N, C, H, W).
+
+    The parameters are those of an ``nn.LayerNorm`` called ``norm``, as published checkpoints of DAT
+    have them.
+
+    Args:
+        channels: Number of channels C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to the same shape."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
