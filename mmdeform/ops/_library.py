@@ -192,6 +192,13 @@ def autocast_tensor(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Te
     return tensor.to(dtype)
 
 
+def has_kernel(name: str, device_type: str) -> bool:
+    """False if operator ``name`` falls back to its reference on devices of this type."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{NAMESPACE}::{name}", device_type.upper()
+    )
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of coordinates and sums: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
