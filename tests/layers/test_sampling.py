@@ -15,6 +15,7 @@ from mmcv.ops import multi_scale_deform_attn as mmcv_msda
 from mmdeform.layers import (
     DCNv3,
     DCNv4,
+    DeformableAttention2d,
     DeformConv2d,
     DeformConv2dPack,
     DeformPSRoIPool,
@@ -280,6 +281,38 @@ class TestAttention:
         sizes = torch.tensor([[8.0, 6.0], [4.0, 3.0]]).double()
         torch.testing.assert_close(sampling.grid[1, 2, 0, :, 0], corner * sizes - 0.5)
         assert torch.equal(sampling.size.flatten(0, 1), sizes)
+
+
+class TestDAT:
+    @pytest.mark.parametrize("version", ["v1", "pp"])
+    @pytest.mark.parametrize("factor", [2.0, -1])
+    def test_grid_sample_gives_the_output(self, version: str, factor: float) -> None:
+        layer = shake(
+            DeformableAttention2d(
+                8, 4, 2, stride=(2, 3), offset_range_factor=factor, version=version,
+                position_bias=None,
+            )
+        )  # fmt: skip
+        x = torch.randn(2, 8, 7, 9).double()
+        sampling = sampled(layer, (x,))
+        check_shapes(sampling)
+        assert sampling.locations.shape == (2, 2, 4, 3, 2) and sampling.offset.any()
+        torch.testing.assert_close(sampling.locations, sampling.grid + sampling.offset)
+        values = read(x.view(4, 4, 7, 9), sampling.locations.flatten(0, 1)).view(2, 8, 1, 12)
+        key, value = (project(values).view(2, 4, 2, 12) for project in (layer.proj_k, layer.proj_v))
+        query = layer.proj_q(x).view(2, 4, 2, 63)
+        weights = (query.transpose(2, 3) @ key / 2**0.5).softmax(-1)
+        output = layer.proj_out((value @ weights.transpose(2, 3)).view(2, 8, 7, 9))
+        torch.testing.assert_close(layer(x), output)
+
+    def test_keys_start_between_pixels_of_a_known_grid(self) -> None:
+        layer = DeformableAttention2d(4, 1, stride=2, use_offsets=False, version="v1")
+        sampling = sampled(layer, (torch.zeros(1, 4, 8, 4),))
+        assert not sampling.offset.any() and torch.equal(sampling.locations, sampling.grid)
+        # Keys divide the range between the centres of the first and the last pixel.
+        expected = [0.375, 1.125, 1.875, 2.625]
+        assert sampling.grid[0, 0, :, 0, 1].tolist() == pytest.approx([7 / 3 * x for x in expected])
+        assert sampling.grid[0, 0, 0, :, 0].tolist() == pytest.approx([0.75, 2.25])
 
 
 ROIS = torch.tensor([[0.0, 8, 4, 24, 20], [1, 4, 8, 28, 24]])
