@@ -14,6 +14,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmdeform.ops import dat_attn, dat_sample
 from mmdeform.ops._arguments import pair
 from mmdeform.registry import MODELS
 
@@ -45,8 +46,7 @@ class DeformableAttention2d(BaseModule):
     ``scaled_dot_product_attention`` of torch for 'depthwise' and None; these need no memory of the
     size of queries times keys. Attention is written out, with all logits in memory, for 'fixed' and
     'log_cpb', and for 'relative' while ``attn_drop`` drops. 'fused': the same, but an error where
-    attention would be written out or a kernel is missing. 'reference': always written out; can be
-    differentiated twice.
+    attention would be written out or a kernel is missing. 'reference': always written out.
 
     Args:
         embed_dims: Channels C of input and output.
@@ -250,7 +250,7 @@ class DeformableAttention2d(BaseModule):
         query = self.proj_q(x)
         positions = self._move_keys(query, _coordinate_dtype(x))[0].flatten(2, 3)
         if self.use_offsets:
-            sampled = _sample(x, positions)
+            sampled = dat_sample(x, positions, backend=self.backend)
         else:
             sampled = functional.avg_pool2d(x, self.stride, self.stride).flatten(2)
         sampled = sampled[:, :, None]
@@ -269,7 +269,7 @@ class DeformableAttention2d(BaseModule):
             return self._limit(reference), reference
         groups = query.unflatten(1, (self.num_groups, -1)).flatten(0, 1)
         offset = self.conv_offset(groups).to(dtype)  # (B * G, 2, Hk, Wk)
-        offset = offset.unflatten(0, (-1, self.num_groups)).movedim(2, -1)
+        offset = offset.unflatten(0, (query.shape[0], self.num_groups)).movedim(2, -1)
         factor = self.offset_range_factor
         if factor > 0 or (factor == 0 and self.version == "pp"):
             # DAT++ counts intervals between the first and the last key, of which one key has none.
@@ -314,13 +314,22 @@ class DeformableAttention2d(BaseModule):
                 f"DeformableAttention2d: backend='fused' has no dropout of attention weights, got "
                 f"attn_drop={self.attn_drop.p} in training; use backend='auto'"
             )
-        fused = self.position_bias in ("depthwise", None) and self.backend != "reference"
-        if fused:
-            rows = (
-                tensor.flatten(3).transpose(2, 3).contiguous() for tensor in (query, key, value)
-            )
-            output = functional.scaled_dot_product_attention(*rows, dropout_p=drop)
-            return output.transpose(2, 3).view_as(query)
+        if self.backend != "reference":
+            if self.position_bias == "relative" and not drop:
+                return dat_attn(
+                    query,
+                    key,
+                    value,
+                    positions,
+                    self.rpe_table,
+                    scale=self.scale,
+                    align_corners=self.version == "pp",
+                    backend=self.backend,
+                )
+            if self.position_bias in ("depthwise", None):
+                rows = [t.flatten(3).transpose(2, 3).contiguous() for t in (query, key, value)]
+                output = functional.scaled_dot_product_attention(*rows, dropout_p=drop)
+                return output.transpose(2, 3).view_as(query)
         weights = self.attn_drop(self._weights(query, key, positions)).to(value.dtype)
         return torch.matmul(value, weights.transpose(2, 3)).view_as(query)
 
@@ -387,14 +396,3 @@ def _grid(
         # The only cell of an axis lies in the middle.
         axes.append((index + shift) / extent * 2 - 1 if extent else index)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-
-
-def _sample(x: Tensor, positions: Tensor) -> Tensor:
-    """Samples each group of channels of (B, C, H, W) at its positions, giving (B, C, Ns)."""
-    batch, groups = positions.shape[:2]
-    sampled = functional.grid_sample(
-        x.to(positions.dtype).unflatten(1, (groups, -1)).flatten(0, 1),
-        positions.flip(-1).flatten(0, 1)[:, None],
-        align_corners=True,
-    )
-    return sampled.view(batch, x.shape[1], -1).to(x.dtype)

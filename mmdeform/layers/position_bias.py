@@ -32,7 +32,7 @@ def relative_bias(table: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     bias = functional.grid_sample(
         tables.flatten(0, 1), displacement.flip(-1).flatten(0, 1), align_corners=True
     )
-    return bias.view(batch, -1, *bias.shape[2:])
+    return bias.view(batch, len(table), *bias.shape[2:])
 
 
 def log_cpb_bias(network: nn.Sequential, queries: Tensor, keys: Tensor) -> Tensor:

@@ -351,7 +351,7 @@ def dat_sample(input: Tensor, positions: Tensor, backend: str = "auto") -> Tenso
         grid = positions.where(finite[..., None], 0).flip(-1).flatten(0, 1)[:, None]
         maps = input.to(dtype).reshape(batch * groups, channels // groups, height, width)
         samples = F.grid_sample(maps, grid, align_corners=True)
-        samples = samples.view(batch, groups, -1, positions.shape[2])
+        samples = samples.view(batch, groups, channels // groups, positions.shape[2])
         return samples.where(finite[:, :, None], 0).flatten(1, 2).to(input.dtype)
     # Positions of align_corners=False, which ms_deform_attn follows.
     x, y = (
