@@ -1,13 +1,14 @@
-"""What a config builds beyond single layers: mmdet's detectors with modules from the registry.
+"""What a config builds beyond single layers: backbones, and mmdet's detectors with our modules.
 
 The detectors and RoI extractors need mmdet; where only mmcv is installed, they are not here.
 """
 
 import importlib.util
 
+from .backbones import DAT
 from .transplant import Transplant
 
-__all__ = ["Transplant"]
+__all__ = ["DAT", "Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
     from .detectors import DeformableDETR
