@@ -52,8 +52,9 @@ def initial_offset(module: nn.Module) -> Tensor | None:
     """What a fresh layer of this kind predicts as offsets, whatever ``module`` has learned.
 
     Returns:
-        None for zeros. For multi-scale deformable attention the pattern of points around the
-        reference, in the order of the output of ``sampling_offsets``, fp32, shape (channels,).
+        None for zeros, also for DAT, whose offsets start at random. For multi-scale deformable
+        attention the pattern of points around the reference, in the order of the output of
+        ``sampling_offsets``, fp32, shape (channels,).
     """
     if not isinstance(module, mmcv_msda.MultiScaleDeformableAttention):
         return None

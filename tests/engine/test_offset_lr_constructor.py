@@ -76,6 +76,8 @@ def all_layers() -> nn.ModuleDict:
             v4=layers.DCNv4(4, 4, 3),
             saconv=mmcv.ops.SAConv2d(4, 4, 3, use_deform=True),
             ps=layers.DeformPSRoIPoolPack(4, 2, 1.0, 2),
+            dat=layers.DeformableAttention2d(4, 2),
+            dat_plain=layers.DeformableAttention2d(4, 2, use_offsets=False).requires_grad_(),
             pool=layers.DeformRoIPoolPack(**roi),
             pool_mmcv=mmcv.ops.DeformRoIPoolPack(**roi),
             mpool=layers.ModulatedDeformRoIPoolPack(**roi),
@@ -99,6 +101,7 @@ EXPECTED = {
     "conv": [
         "v1.conv_offset.", "v1_mmcv.conv_offset.", "v2.conv_offset.", "v2_mmcv.conv_offset.",
         "v3.offset.", "v4.offset_mask.", "saconv.offset_s.", "saconv.offset_l.", "ps.conv_offset.",
+        "dat.conv_offset.",
     ],
     "mask": ["v3.mask.", "mpool.mask_fc.", "mpool_mmcv.mask_fc."],
     "roi": [f"{n}.offset_fc." for n in ("pool", "pool_mmcv", "mpool", "mpool_mmcv", "mpool_paper")],
@@ -361,13 +364,13 @@ def test_log_tells_what_matched():
     offset = dict(conv=dict(lr_mult=0.1, decay_mult=0.0), reference_points=dict(decay_mult=2))
     messages = log_of(all_layers(), offset)
     assert messages[logging.INFO] == [
-        "OffsetLrConstructor: conv: 9 layers, 18 parameters, lr x 0.1 = 0.1, weight_decay x 0 = 0",
+        "OffsetLrConstructor: conv: 10 layers, 23 parameters, lr x 0.1 = 0.1, weight_decay x 0 = 0",
         "OffsetLrConstructor: reference_points: 1 layer, 2 parameters, weight_decay x 2 = 1",
     ]
     assert messages[logging.DEBUG] == [
         "OffsetLrConstructor: conv: v1.conv_offset, v1_mmcv.conv_offset, v2.conv_offset, "
         "v2_mmcv.conv_offset, v3.offset, v4.offset_mask, saconv.offset_s, saconv.offset_l, "
-        "ps.conv_offset",
+        "ps.conv_offset, dat.conv_offset",
         "OffsetLrConstructor: reference_points: detector.reference_points",
     ]
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from mmdeform.layers import (
     DCNv3,
     DCNv4,
+    DeformableAttention2d,
     DeformConv2d,
     DeformConv2dPack,
     DeformPSRoIPoolPack,
@@ -75,6 +76,8 @@ class Frozen(Network):
         (MmcvDCNv2(8, 4, 3), dict(x=MAP)),
         (DCNv3(8, 4, 3, group=2), dict(x=MAP)),
         (DCNv4(8, 4, 3, group=2), dict(x=MAP)),
+        # Of this range offsets are what is predicted; of others they pass through tanh or a clamp.
+        (DeformableAttention2d(8, 2, 2, offset_range_factor=0, version="v1"), dict(x=MAP)),
         (MultiScaleDeformableAttention(16, 2, 2, 3), ATTENTION),
         (MmcvAttention(16, 2, 2, 3), ATTENTION),
         (ModulatedDeformRoIPoolPack(2, 8, 8), dict(input=MAP, rois=ROIS)),

@@ -15,6 +15,7 @@ from mmcv.ops import MultiScaleDeformableAttention as MmcvAttention
 from mmdeform.layers import (
     DCNv3,
     DCNv4,
+    DeformableAttention2d,
     DeformConv2d,
     DeformConv2dPack,
     DeformPSRoIPoolPack,
@@ -44,6 +45,7 @@ ATTENTION = dict(
         (MmcvDCNv2(32, 4, (1, 3), deform_groups=2), dict(x=MAP)),
         (DCNv3(32, 4, 3), dict(x=MAP)),
         (DCNv4(32, 4, 3, remove_center=True), dict(x=MAP)),
+        (DeformableAttention2d(32, 4, 2, stride=2), dict(x=MAP)),
         (MultiScaleDeformableAttention(16, 2, 2, 3), ATTENTION),
         (MmcvAttention(16, 2, 2, 3), ATTENTION),
         (DeformRoIPoolPack(2, 32, 8), dict(input=MAP, rois=ROIS)),

@@ -26,10 +26,11 @@ class OffsetWarmupHook(Hook):
         initial + factor * (predicted - initial)
 
     where ``initial`` is what a fresh layer predicts: zero for convolutions and RoI pooling, the
-    pattern around the reference point for multi-scale deformable attention. Masks and attention
-    weights are not touched, nor are layers that take their offsets as an input. The first iteration
-    has the factor ``start``; from iteration ``iters`` on there is no hook left, and the model is
-    bitwise the plain one.
+    pattern around the reference point for multi-scale deformable attention. It is zero for DAT,
+    too, although a fresh one predicts random offsets. Masks and attention weights are not touched,
+    nor are layers that take their offsets as an input. The first iteration has the factor
+    ``start``; from iteration ``iters`` on there is no hook left, and the model is bitwise the plain
+    one.
 
     The offsets themselves are scaled, and not their gradients or learning rates, because Adam
     divides by the size of the gradients: with it a small gradient makes steps as long as a large
@@ -40,7 +41,8 @@ class OffsetWarmupHook(Hook):
     The factor depends on the iteration alone, so that training resumes with it. Validation during
     the warm-up uses it, too. It is not part of the model: a checkpoint saved during the warm-up and
     evaluated without the hook, as by a test script, samples farther out than it did in training.
-    Limits of a layer (``offset_range``, ``offset_clamp``) apply to the scaled prediction.
+    Limits of a layer (``offset_range``, ``offset_clamp``; ``offset_range_factor`` of DAT) apply to
+    the scaled prediction.
 
     Args:
         iters: Iterations until the factor is 1. Default: 500.

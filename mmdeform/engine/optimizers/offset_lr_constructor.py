@@ -41,7 +41,8 @@ class OffsetLrConstructor:
 
     - ``conv``: offsets of deformable convolutions: ``conv_offset`` of v1 and v2, ``offset`` of v3,
       ``offset_mask`` of v4, ``offset_s`` and ``offset_l`` of mmcv's SAConv2d; and ``conv_offset``
-      of position-sensitive RoI pooling. In v2 and v4 this one layer predicts the mask, too.
+      of position-sensitive RoI pooling and of DAT's attention. In v2 and v4 this one layer predicts
+      the mask, too.
     - ``mask``: ``mask`` of v3, ``mask_fc`` of modulated RoI pooling.
     - ``roi``: ``offset_fc`` of RoI pooling, hidden layers included. With ``head='paper'`` it
       predicts the mask, too.
