@@ -101,3 +101,30 @@ def test_deform_ps_roi_pool():
     counts = FlopAnalyzer(layer, tensors).by_operator()
     values = 7 * 4 * 9  # of offsets and of scores: twice two channels, and four
     assert counts == {"conv": 64 * 5 * 36, "deform_ps_roi_pool": 2 * (values * 4 * 4 + values // 2)}
+
+
+@pytest.mark.parametrize("bias", ["relative", "depthwise", "fixed", None], ids=str)
+def test_dat_attn(bias):
+    layer = layers.DeformableAttention2d(12, 6, 3, feat_size=(8, 6), stride=2, position_bias=bias)
+    x = torch.randn(1, 12, 8, 6)
+    queries, keys = 8 * 6, 4 * 3
+    convs = 2 * (queries + keys) * 12 * 12  # q and out, k and v
+    convs += keys * 12 * (25 + 2)  # of the offsets
+    convs += queries * 12 * 9 if bias == "depthwise" else 0
+    attention = {"relative": "dat_attn", "fixed": "matmul"}
+    expected = {
+        "conv": convs,
+        attention.get(bias, "scaled_dot_product_attention"): 2 * queries * keys * 12,
+        "ms_deform_attn": keys * 12 * 5,
+    }
+    counts = FlopAnalyzer(layer, x).by_operator()
+    assert counts == expected | {"layer_norm": keys * 12 * 5}
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * sum(expected.values())
+    if bias is None:
+        # Weights once more, their gradient, and those of query, key and value.
+        with FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        assert counter.get_flop_counts()["Global"][backward] == 2 * 5 * queries * keys * 12
