@@ -20,6 +20,8 @@ from rich.console import Console
 from mmdeform.analysis import benchmark
 from mmdeform.analysis.benchmark import Operator, Peer, Settings, check, measure, runner
 from mmdeform.analysis.benchmark.case import Absent
+from mmdeform.analysis.benchmark.dat_attn import make_case as make_dat_case
+from mmdeform.analysis.benchmark.dat_attn import table_places
 from mmdeform.analysis.benchmark.dcnv3 import make_case as make_dcnv3_case
 from mmdeform.analysis.benchmark.dcnv4 import make_case as make_dcnv4_case
 from mmdeform.analysis.benchmark.deform_conv2d import make_case as make_conv_case
@@ -31,6 +33,22 @@ from mmdeform.analysis.benchmark.ms_deform_attn import make_case as make_attenti
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_ops.py"
 BATCHES = {"cpu": (2,), "cuda": (2,)}
 TINY = {
+    "dat_attn": (
+        make_dat_case(
+            "stride-2", (3, 4), (3, 5), (5, 7), heads=4, groups=2, channels=8, batches=BATCHES
+        ),
+        make_dat_case(
+            "v1",
+            (4, 3),
+            (2, 3),
+            (7, 5),
+            heads=2,
+            groups=1,
+            channels=8,
+            align_corners=False,
+            batches=BATCHES,
+        ),
+    ),
     "dcnv3": (
         make_dcnv3_case("groups", 6, 12, group_channels=4, batches=BATCHES),
         make_dcnv3_case("one-group", 5, 8, group_channels=8, batches=BATCHES),
@@ -63,6 +81,7 @@ TINY = {
 GRADIENTS = [
     (name, field)
     for name, fields in {
+        "dat_attn": ("output", "query", "key", "value", "positions", "table"),
         "dcnv3": ("output", "input", "offset", "mask"),
         "dcnv4": ("output", "input", "offset_mask"),
         "deform_conv2d": ("output", "input", "offset", "mask", "weight"),
@@ -225,6 +244,10 @@ def test_samples_stay_off_integers(operators: dict[str, Operator], name: str) ->
         positions = inputs["offset"]
     elif name == "dcnv4":
         positions = inputs["offset_mask"][..., :81].unflatten(3, (3, 27))[..., :18]
+    elif name == "dat_attn":
+        axes = [table_places(inputs["positions"][..., axis], size, cells, True)
+                for axis, (size, cells) in enumerate(((3, 5), (4, 7)))]  # fmt: skip
+        positions = torch.cat(axes, -1)
     elif name == "deform_roi_pool":
         positions = roi_positions(**inputs)
     elif name == "deform_ps_roi_pool":
@@ -246,6 +269,8 @@ def test_samples_are_counted(operators: dict[str, Operator]) -> None:
         # 2 images, 6 x 6 outputs, 9 taps, 12 channels
         ("dcnv3", 0): 2 * 36 * 9 * 12,
         ("dcnv4", 0): 2 * 36 * 9 * 12,
+        # 2 images, 4 heads, 3 x 4 queries, 15 keys
+        ("dat_attn", 0): 2 * 4 * 12 * 15,
     }
     for (name, case), samples in expected.items():
         inputs = operators[name].cases[case].make(2, torch.Generator())

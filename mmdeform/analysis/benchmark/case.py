@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdeform.ops import _library
+
 __all__ = ["Absent", "Case", "Inputs", "Operator", "Peer", "cast", "off_integers", "require"]
 
 # Arguments of an operator by name. Floating-point tensors get gradients, but for constants.
@@ -88,8 +90,7 @@ class Operator:
     def has_kernel(self, device_type: str) -> bool:
         """False if a call on this device falls back to the reference."""
         return all(
-            torch._C._dispatch_has_kernel_for_dispatch_key(f"mmdeform::{name}", device_type.upper())
-            for name in (self.name, f"{self.name}_backward")
+            _library.has_kernel(name, device_type) for name in (self.name, f"{self.name}_backward")
         )
 
 
