@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
@@ -17,6 +17,7 @@ from mmdeform.layers.layer_norm import LayerNorm2d
 from mmdeform.registry import MODELS
 
 from .arch import STAGES, make_arch
+from .checkpoint import load_dat_checkpoint
 from .resize import downsample, stem
 from .stage import DATStage
 
@@ -160,6 +161,20 @@ class DAT(BaseModule):
         if self.num_classes:
             return self.cls_head(self.cls_norm(x).mean((2, 3)))
         return tuple(outputs)
+
+    def init_weights(self) -> None:
+        """Initialises as ``init_cfg`` says; pretrained weights come last, by DAT's own loader."""
+        if self.is_init:
+            super().init_weights()  # warns
+            return
+        init_cfg = self.init_cfg
+        configs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+        pretrained = [cfg for cfg in configs if cfg["type"] in ("Pretrained", PretrainedInit)]
+        self.init_cfg = [cfg for cfg in configs if cfg not in pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg in pretrained:
+            load_dat_checkpoint(self, **{key: cfg[key] for key in cfg if key != "type"})
 
     def train(self, mode: bool = True) -> "DAT":
         """Sets training mode; frozen stages stay in evaluation mode."""

@@ -100,11 +100,15 @@ class ShiftedWindowAttention(WindowAttention):
 
     def _attend_to_windows(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-        x = super()._attend_to_windows(x, self._mask(x))
+        x = super()._attend_to_windows(x, self.attention_mask(x))
         return x.roll((self.shift, self.shift), dims=(1, 2))
 
-    def _mask(self, x: Tensor) -> Tensor:
-        """-100 between pixels that the roll brought into one window, else 0."""
+    def attention_mask(self, x: Tensor) -> Tensor:
+        """-100 between pixels that the roll brought into one window, else 0, (windows, 1, N, N).
+
+        Args:
+            x: Map (B, H, W, C), made of whole windows of N pixels; its values do not matter.
+        """
         size = self.window_size
         rows, columns = (self._regions(length, x.device).view(-1, size) for length in x.shape[1:3])
         regions = 3 * rows[:, None, :, None] + columns[None, :, None, :]
