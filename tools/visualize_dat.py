@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import mmdeform  # noqa: F401  (configs may inherit from mmdeform::)
 from mmdeform.analysis.dat import LayerKeys, deformable_blocks, find_block, record_keys
+from mmdeform.models.backbones.dat.checkpoint import load_dat_checkpoint
 from mmdeform.registry import MODELS
 
 matplotlib.use("Agg")
@@ -75,12 +76,15 @@ def build_backbone(cfg: Config, checkpoint: Path | None) -> nn.Module:
     model = cfg.get("model")
     if model is None:
         raise ValueError(f"{cfg.filename} has no model")
-    settings = dict(model.get("backbone") or model)
-    settings["init_cfg"] = checkpoint and dict(type="Pretrained", checkpoint=str(checkpoint))
-    backbone = MODELS.build(settings)
+    backbone = MODELS.build({**(model.get("backbone") or model), "init_cfg": None})
     deformable_blocks(backbone)  # an error before anything is loaded into something else
     if checkpoint:
-        backbone.init_weights()
+        report = load_dat_checkpoint(backbone, checkpoint)
+        missing = [name for name in report.missing if not name.startswith(("norms.", "cls_"))]
+        if missing:
+            raise ValueError(
+                f"{checkpoint} lacks {len(missing)} weights of the backbone, {missing[0]} first"
+            )
     return backbone.eval()
 
 

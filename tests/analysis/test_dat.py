@@ -101,6 +101,8 @@ def test_queries_and_positions(version: str) -> None:
     assert keys.query_at(-100, 1000) == 18
     # Centres in the left 3 columns and the upper 2 rows, whichever way pixels are centred.
     assert keys.queries_within(40.6, 24.6) == [0, 1, 2, 6, 7, 8]
+    assert keys.queries_within(keys.first[0] + 32.4, keys.first[1] + 16.4) == [0, 1]
+    assert keys.queries_within(keys.first[0] + 32.6, keys.first[1] + 16.4) == [0, 1, 2]
     assert keys.queries_within(96, 64) == list(range(24))
 
 

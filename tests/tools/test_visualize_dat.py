@@ -161,6 +161,9 @@ def test_what_a_panel_shows(tool: ModuleType, keys: LayerKeys, picture) -> None:
     np.testing.assert_allclose(panel.references, [*references, *references])
     np.testing.assert_allclose(panel.shares, SHARES, rtol=1e-6)
     np.testing.assert_allclose(panel.query, (8 / 1.5 - 0.5, 8 / 2 - 0.5))
+    next_one = tool.make_panel(picture, keys, 3, (12, 0.2))  # at 18.25, 0.9 of the inputs
+    np.testing.assert_allclose(next_one.query, (24 / 1.5 - 0.5, 8 / 2 - 0.5))
+    assert next_one.title.endswith("largest = 1 x mean")
     one = tool.make_panel(picture, keys, 3, (5.9, 0.2), group=1)
     np.testing.assert_allclose(one.points, PIXELS[3:])
     np.testing.assert_allclose(one.shares, [0, 0.6, 1])
@@ -248,6 +251,11 @@ def test_picture_of_a_detector(
     loaded = tool.build_backbone(Config(DETECTOR), checkpoint)
     for name, tensor in trained.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+    del weights["backbone.stages.2.attns.1.proj_q.bias"], weights["backbone.norms.0.norm.bias"]
+    torch.save(dict(state_dict=weights), tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=r"lacks 1 weights of the backbone, stages\.2\.attns\.1"):
+        tool.build_backbone(Config(DETECTOR), tmp_path / "part.pth")
 
     config, out = write(tmp_path, **DETECTOR), tmp_path / "keys.jpg"
     queries = ("--query", 50, 20, "--query", 3, 49)
