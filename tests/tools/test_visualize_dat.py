@@ -97,6 +97,15 @@ def test_points_of_the_image_and_of_the_inputs(tool: ModuleType, image: Path, co
     assert picture.from_inputs(centre) == pytest.approx((50, 20), abs=0.05)
 
 
+def test_backbones_get_normalised_rgb(tool: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "red.png"
+    cv2.imwrite(str(path), np.full((4, 6, 3), (10, 20, 200), np.uint8))  # BGR
+    picture = tool.load_picture(Config(dict(model=BACKBONE)), path, None)
+    assert picture.pixels[2, 3].tolist() == [200, 20, 10]
+    red, green, blue = (200 - 123.675) / 58.395, (20 - 116.28) / 57.12, (10 - 103.53) / 57.375
+    torch.testing.assert_close(picture.inputs[0, :, 2, 3], torch.tensor([red, green, blue]))
+
+
 class Layer:
     """Four heads in two groups; the first query attends to the first key, the second to all."""
 
