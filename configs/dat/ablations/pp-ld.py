@@ -1,0 +1,2 @@
+_base_ = "./pp-nd.py"
+model = dict(backbone=dict(stage_specs=("LS", "LD", "LDLDLD", "DD")))

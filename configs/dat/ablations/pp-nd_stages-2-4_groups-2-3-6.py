@@ -1,0 +1,2 @@
+_base_ = "./pp-nd.py"
+model = dict(backbone=dict(stage_specs=("NN", "ND", "NDNDND", "DD"), num_groups=(1, 2, 3, 6)))

@@ -1,0 +1,2 @@
+_base_ = "./pp-nd.py"
+model = dict(backbone=dict(strides=(4, 4, 2, 1)))

@@ -1,0 +1,2 @@
+_base_ = "../{{$DAT_BASE:mask-rcnn_dat-t-v1_fpn_ms-crop-1x_coco}}.py"
+model = dict(backbone=dict(offset_range_factors=0.0))

@@ -1,0 +1,1 @@
+_base_ = "../{{$DAT_BASE:mask-rcnn_dat-t-v1_fpn_ms-crop-1x_coco}}.py"

@@ -1,0 +1,6 @@
+_base_ = [
+    "../_base_/models/cascade-mask-rcnn_dat_fpn.py",
+    "../_base_/datasets/coco_instance_ms-crop.py",
+    "../_base_/schedules/adamw_1x.py",
+    "../_base_/coco_runtime.py",
+]

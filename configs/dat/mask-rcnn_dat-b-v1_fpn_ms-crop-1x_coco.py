@@ -1,0 +1,5 @@
+_base_ = "./mask-rcnn_dat-t-v1_fpn_ms-crop-1x_coco.py"
+model = dict(
+    backbone=dict(arch="base", drop_path_rate=0.2),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

@@ -1,0 +1,5 @@
+_base_ = "./retinanet_dat-t-v1_fpn_ms-crop-3x_coco.py"
+model = dict(
+    backbone=dict(arch="base", drop_path_rate=0.8),
+    neck=dict(in_channels=[256, 512, 1024]),
+)

@@ -1,0 +1,5 @@
+_base_ = "./retinanet_dat-t-v1_fpn_ms-crop-1x_coco.py"
+model = dict(
+    backbone=dict(version="pp"),
+    neck=dict(in_channels=[128, 256, 512]),
+)

@@ -1,0 +1,8 @@
+_base_ = [
+    "../_base_/models/retinanet_dat_fpn.py",
+    "../_base_/datasets/coco_detection_ms-crop.py",
+    "../_base_/schedules/adamw_3x.py",
+    "../_base_/coco_runtime.py",
+]
+model = dict(backbone=dict(drop_path_rate=0.2))
+optim_wrapper = dict(optimizer=dict(lr=0.0002))
