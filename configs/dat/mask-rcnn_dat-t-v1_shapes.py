@@ -20,3 +20,4 @@ model = dict(
     ),
     neck=dict(in_channels=list(dims)),
 )
+optim_wrapper = dict(optimizer=dict(lr=0.001))

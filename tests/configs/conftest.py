@@ -12,10 +12,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def read_metafiles_once() -> Iterator[None]:
-    """mmengine reads all of mmdet's metafiles for each ``mmdet::`` that it meets: half a second."""
-    config_utils = pytest.importorskip("mmengine.config.utils")
-    with patch.object(config_utils, "load", functools.cache(config_utils.load)):
+def look_for_packages_once() -> Iterator[None]:
+    """For each ``mmdet::`` mmengine looks mmdet up and reads all its metafiles: half a second."""
+    config = pytest.importorskip("mmengine.config.config")
+    utils = pytest.importorskip("mmengine.config.utils")
+    with (
+        patch.object(config, "is_installed", functools.cache(config.is_installed)),
+        patch.object(utils, "load", functools.cache(utils.load)),
+    ):
         yield
 
 
