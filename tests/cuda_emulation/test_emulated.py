@@ -48,21 +48,20 @@ REPEATABILITY = """
 import os
 import torch
 from tests.ops import (
-    test_dcnv3, test_dcnv4, test_deform_conv2d, test_deform_ps_roi_pool, test_deform_roi_pool,
-    test_ms_deform_attn,
+    test_dat_attn, test_dcnv3, test_dcnv4, test_deform_conv2d, test_deform_ps_roi_pool,
+    test_deform_roi_pool, test_ms_deform_attn,
 )
 
 for module in (test_deform_conv2d, test_ms_deform_attn, test_dcnv3, test_dcnv4,
-               test_deform_roi_pool, test_deform_ps_roi_pool):
+               test_deform_roi_pool, test_deform_ps_roi_pool, test_dat_attn):
     contract = module.TestContract()
     torch.manual_seed(0)
     arguments = {
         key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
         for key, value in contract.cases["asymmetric"].make().items()
     }
-    operator = getattr(torch.ops.mmdeform, contract.name)
     backward = getattr(torch.ops.mmdeform, contract.name + "_backward")
-    grad_output = torch.randn_like(operator(*contract.schema_arguments(arguments)))
+    grad_output = contract.grad_output(arguments)
     for deterministic in (False, True):
         results = []
         for seed in range(5):
@@ -83,4 +82,27 @@ def test_deterministic_gradients_do_not_depend_on_the_order(library: Path) -> No
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["False", "True"] * 6
+    # The last, dat_attn, adds nothing by atomics.
+    assert result.stdout.split() == ["False", "True"] * 6 + ["True", "True"]
+
+
+WIDE_HEADS = """
+import torch
+from mmdeform.ops import dat_attn
+
+query, key = torch.zeros(1, 1, 257, 2, 3), torch.zeros(1, 1, 257, 5)
+dat_attn(query, key, key, torch.zeros(1, 1, 5, 2), torch.zeros(1, 3, 3))
+"""
+
+
+def test_limits_of_a_kernel_are_errors(library: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WIDE_HEADS],
+        cwd=ROOT,
+        env=environment(library),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    message = "key: expected at most 256 channels per head, got shape (1, 1, 257, 5)"
+    assert message in result.stderr
