@@ -199,6 +199,10 @@ def has_kernel(name: str, device_type: str) -> bool:
     )
 
 
+# What torch.compiler.assume_constant_result does, without importing all of torch's compiler.
+vars(has_kernel)["_dynamo_marked_constant"] = True
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of coordinates and sums: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

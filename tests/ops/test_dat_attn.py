@@ -181,7 +181,6 @@ def brute_force(
     """One query and head at a time; every cell of the table, weighted by tents."""
     batch, heads, channels, height, width = query.shape
     groups, keys = positions.shape[1:3]
-    _, table_height, table_width = table.shape
     scale = channels**-0.5 if scale is None else scale
     output = torch.zeros_like(query)
     for b in range(batch):
@@ -190,19 +189,16 @@ def brute_force(
                 for j in range(width):
                     logits = torch.zeros(keys, dtype=torch.float64)
                     for n in range(keys):
-                        places = []
+                        tents = []
                         for axis, (at, size) in enumerate(((i, height), (j, width))):
                             place = (2 * at + 1) / size - 1
                             if align_corners:
                                 place = 2 * at / (size - 1) - 1 if size > 1 else 0
                             moved = place - positions[b, m * groups // heads, n, axis].item()
-                            places.append((moved / 2 + 1) / 2 * (table.shape[1 + axis] - 1))
-                        bias = 0.0
-                        for r in range(table_height):
-                            for c in range(table_width):
-                                tent = max(0, 1 - abs(places[0] - r))
-                                tent *= max(0, 1 - abs(places[1] - c))
-                                bias += tent * table[m, r, c].item()
+                            cells = torch.arange(table.shape[1 + axis], dtype=torch.float64)
+                            place = (moved / 2 + 1) / 2 * (len(cells) - 1)
+                            tents.append((1 - (place - cells).abs()).clamp(min=0))
+                        bias = tents[0] @ table[m] @ tents[1]
                         logits[n] = scale * (query[b, m, :, i, j] @ key[b, m, :, n]) + bias
                     weights = (logits - logits.max()).exp()
                     output[b, m, :, i, j] = value[b, m] @ (weights / weights.sum())
@@ -387,6 +383,17 @@ class TestEdges:
         total = weights.double().view(expected.shape).sum((3, 4))
         torch.testing.assert_close(result["value"][..., best].double(), total, rtol=2e-2, atol=2e-2)
 
+    @pytest.mark.parametrize(("types", "tolerance"), [("fp64", 2e-15), ("fp32", 1e-6)])
+    def test_small_weights_are_exact(self, types: str, tolerance: float, device: str) -> None:
+        """Softmax over two keys, whose logits differ by up to 80."""
+        logits = torch.linspace(-80, 0, 1001, dtype=TYPES[types][0], device=device)
+        keys = torch.tensor([[[[1.0, 0.0]]]], dtype=logits.dtype, device=device)
+        positions = torch.full((1, 1, 2, 2), 50.0, dtype=logits.dtype, device=device)
+        table = torch.zeros(1, 2, 2, dtype=logits.dtype, device=device)
+        actual = dat_attn(logits.view(1, 1, 1, 7, -1), keys, keys, positions, table, scale=1.0)
+        expected = logits.double().sigmoid().view(actual.shape)
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
+
     @pytest.mark.parametrize("shift", [-500, 500])
     def test_a_common_logit_changes_nothing(self, shift: float, device: str) -> None:
         arguments = place(make(table=(1, 1)), "fp64", device)
@@ -470,7 +477,7 @@ def test_logsumexp(device: str) -> None:
     assert logsumexp.is_contiguous()
 
 
-@pytest.mark.skipif(not has_kernel("dat_attn", "cpu"), reason="needs the CPU kernel")
+@pytest.mark.skipif(not has_kernel("dat_attn", "cpu"), reason="needs the compiled library")
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     arguments = place(TestContract().contended(), "fp32", "cpu")
     before = torch.get_num_threads()
@@ -525,10 +532,14 @@ class TestBackends:
         with pytest.raises(RuntimeError, match="backend: expected a kernel for 'fused', dat_attn"):
             dat_attn(**arguments, backend="fused")
 
-    @pytest.mark.skipif(not has_kernel("dat_attn", "cpu"), reason="needs the CPU kernel")
-    def test_fused_is_the_kernel(self) -> None:
-        arguments = place(make(), "fp32", "cpu")
-        assert torch.equal(dat_attn(**arguments, backend="fused"), dat_attn(**arguments))
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_fused_is_the_kernel(self, compiled: bool, kernel_device: str) -> None:
+        arguments = place(make(), "fp32", kernel_device)
+        function = dat_attn
+        if compiled:
+            torch._dynamo.reset()
+            function = torch.compile(dat_attn, backend="aot_eager", fullgraph=True)
+        assert torch.equal(function(**arguments, backend="fused"), dat_attn(**arguments))
 
 
 class TestSample:

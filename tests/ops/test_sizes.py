@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdeform.ops import dcnv3, deform_conv2d, deform_ps_roi_pool, deform_roi_pool, ms_deform_attn
+from mmdeform.ops import (
+    dat_attn,
+    dcnv3,
+    deform_conv2d,
+    deform_ps_roi_pool,
+    deform_roi_pool,
+    ms_deform_attn,
+)
 
 BF16 = torch.bfloat16
 LIMIT = 2**31
@@ -189,6 +196,20 @@ class TestMoreThan31Bits:
         assert_equal((actual[:, last],), (expected,))
         assert not actual[:, : 2**24].any()
 
+    def test_dat_attn_queries(self, kernel_device: str) -> None:
+        """The last image begins at element 2**31."""
+        require_memory(kernel_device, 10)
+        query = zeros(129, 8, 64, 256, 128, device=kernel_device)
+        query[128] = torch.randn(8, 64, 256, 128, device=kernel_device)
+        key, value = (torch.randn(129, 8, 64, 3, device=kernel_device).to(BF16) for _ in range(2))
+        positions = torch.rand(129, 2, 3, 2, device=kernel_device)
+        table = torch.randn(8, 5, 7, device=kernel_device)
+        actual = dat_attn(query, key, value, positions, table)
+        parts = [tensor[128:] for tensor in (query, key, value, positions)]
+        expected = dat_attn(*parts, table)
+        assert expected.abs().max() > 0.5
+        assert_equal((actual[128:],), (expected,))
+
     def test_deform_roi_pool_images(self, kernel_device: str) -> None:
         """All RoIs lie in the last image, which begins at element 2**31."""
         require_memory(kernel_device, 12)
@@ -330,6 +351,35 @@ class TestMoreThan65535:
         wanted = torch.autograd.grad(expected.flatten(2), (value, weights), grad_output)
         for one, other in zip(actual, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+    @pytest.mark.parametrize(
+        ("images", "heads", "size", "keys", "cells"),
+        [(65_537, 1, (1, 1), 1, (1, 1)), (1, 65_537, (1, 1), 1, (1, 1)),
+         (1, 1, (65_537, 1), 2, (2, 1)), (1, 1, (1, 65_537), 2, (1, 2)),
+         (1, 1, (1, 2), 65_537, (1, 2)), (1, 1, (1, 2), 2, (65_537, 1)),
+         (1, 1, (2, 1), 2, (1, 65_537))],
+        ids=["images", "heads", "rows", "columns", "keys", "table-rows", "table-columns"],
+    )  # fmt: skip
+    def test_dat_attn(
+        self, images: int, heads: int, size: tuple, keys: int, cells: tuple, kernel_device: str
+    ) -> None:
+        # In fp64: in a table of 65 537 cells fp32 places are off by a thousandth of a cell.
+        arguments = (
+            torch.randn(images, heads, 2, *size),
+            torch.randn(images, heads, 2, keys),
+            torch.randn(images, heads, 2, keys),
+            1.8 * torch.rand(images, heads, keys, 2) - 0.9,
+            torch.randn(heads, *cells),
+        )
+        leaves = [tensor.to(kernel_device).double().requires_grad_() for tensor in arguments]
+        output = dat_attn(*leaves)
+        expected = dat_attn(*leaves, backend="reference")
+        torch.testing.assert_close(output, expected)
+        grad_output = torch.randn_like(output)
+        actual = torch.autograd.grad(output, leaves, grad_output)
+        wanted = torch.autograd.grad(expected, leaves, grad_output)
+        for one, other in zip(actual, wanted, strict=True):
+            torch.testing.assert_close(one, other)
 
     @pytest.mark.parametrize(
         ("images", "rois", "channels", "bins"),
