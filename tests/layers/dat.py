@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,6 +11,11 @@ from torch.nn import functional
 from mmdeform.layers import DeformableAttention2d
 
 Read = Callable[[Tensor, Tensor], Tensor]
+
+biases = pytest.mark.parametrize(
+    "bias", ["relative", "depthwise", "fixed", "log_cpb", None], ids=str
+)
+versions = pytest.mark.parametrize("version", ["v1", "pp"])
 
 
 def make(**options: Any) -> DeformableAttention2d:
