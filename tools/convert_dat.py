@@ -12,6 +12,7 @@ loads the authors' files.
 
 import argparse
 import pickle
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.config is None:
         options = dict(arch=args.arch, version=args.version)
     else:
-        model = Config.fromfile(args.config).model
+        model = Config.fromfile(args.config, import_custom_modules=False).model
         options = dict(model.get("backbone", model))
         kind = options.pop("type", None)
         if kind not in ("DAT", "mmdeform.DAT", DAT):
@@ -87,8 +88,9 @@ def load(options: dict[str, Any], state: dict[str, Tensor], name: str) -> DAT:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        reasons = [textwrap.shorten(line, 200) for line in str(error).splitlines()[1:4]]
         raise ValueError(
-            f"{name} holds weights of another model than that given: {error}"
+            f"{name} holds weights of another model than that given: {'; '.join(reasons)}"
         ) from None
     return model
 

@@ -21,7 +21,7 @@ from .deterministic import fill_parameters, uniform
 CASES: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "dat_statistics.json").read_text()
 )
-TOLERANCE = 1e-9  # of figures of order 1, in fp64
+TOLERANCE = 1e-11  # of figures of order 1, in fp64
 
 
 def statistics(output: Tensor) -> list[float]:

@@ -190,6 +190,18 @@ def test_errors(
     assert not (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 broken", b"text"])
+def test_a_file_that_is_no_checkpoint(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, content: bytes
+) -> None:
+    (tmp_path / "in.pth").write_bytes(content)
+    arguments = ["--arch", "tiny", "--version", "v1"]
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), *arguments])
+    assert stop.value.code == 2
+    assert "in.pth: expected a file of torch.save" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [{"epoch": 1}, {"model": {"fc.weight": torch.ones(1)}}])
 def test_a_file_that_is_no_backbone(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, content: dict

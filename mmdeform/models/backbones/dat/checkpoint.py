@@ -107,6 +107,7 @@ def read_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint.
         pickle.UnpicklingError: The file holds more than tensors, numbers, texts, lists and dicts.
     """
     path = os.fspath(path)
@@ -125,6 +126,13 @@ def read_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
             f"{path}: expected a checkpoint made of tensors, numbers, texts, lists and dicts, but "
             f"{what}; nothing of it was run. Only if you trust its source: load it with "
             "torch.load(path, weights_only=False) and save its weights alone, as dict(model=...)"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are something else fail in torch in any way
+        raise ValueError(
+            f"{path}: expected a file of torch.save, got one that cannot be read as such "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
