@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("mmengine")
 from mmdeform.models.backbones import DAT
-from mmdeform.models.backbones.dat.checkpoint import load_dat_checkpoint, read_checkpoint
+from mmdeform.models.backbones.dat import load_dat_checkpoint
+from mmdeform.models.backbones.dat.checkpoint import read_checkpoint
 
 from .deterministic import fill_parameters, uniform
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("mmengine")
 from mmdeform.models.backbones import DAT
-from mmdeform.models.backbones.dat.checkpoint import load_dat_checkpoint
+from mmdeform.models.backbones.dat import load_dat_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_dat.py"
 SMALL: dict[str, Any] = dict(
