@@ -16,6 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("mmcv.ops")
+from mmdeform.models import DAT
+
 from .deterministic import fill_parameters, uniform
 
 CASES: dict[str, dict[str, Any]] = json.loads(
@@ -54,8 +57,6 @@ def figures(model: nn.Module, stages: list[nn.Module], shape: list[int]) -> dict
 
 @pytest.mark.parametrize("name", CASES)
 def test_stages_compute_what_the_public_code_computes(name: str) -> None:
-    from mmdeform.models.backbones import DAT
-
     case = CASES[name]
     model = DAT(**case["options"], num_classes=5).double()
     found = figures(model, list(model.stages), case["shape"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("mmengine")
+pytest.importorskip("mmcv.ops")
 from mmdeform.models.backbones import DAT
 from mmdeform.models.backbones.dat import load_dat_checkpoint
 

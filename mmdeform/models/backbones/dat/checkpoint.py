@@ -1,33 +1,24 @@
-"""Checkpoints of DAT: those of its authors, of classifiers and of detectors, and our own.
-
-A checkpoint is read as data: what asks to run code is refused before it runs.
-"""
+"""Checkpoints of DAT: those of its authors, of classifiers and of detectors, and our own."""
 
 import dataclasses
-import io
 import math
 import os
-import pickle
 import re
-import sys
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine import dist, fileio
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-__all__ = ["LoadReport", "find_state_dict", "load_dat_checkpoint", "read_checkpoint"]
+from .reading import State, find_state_dict, read_checkpoint, some
+
+__all__ = ["LoadReport", "load_dat_checkpoint"]
 
 BUFFERS = ("attn_mask", "relative_position_index")  # constants that the public code stores
 CLASSIFIER = ("cls_norm", "cls_head")
 TABLES = ("relative_position_bias_table", "rpe_table", "rpb")
-
-State = Mapping[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,103 +75,14 @@ def load_dat_checkpoint(
     own = model.state_dict()
     if not fitting:
         raise ValueError(
-            f"{name}: no entry fits the model; expected names such as {_some(own)}, "
-            f"got {_some(source)}"
+            f"{name}: no entry fits the model; expected names such as {some(own)}, "
+            f"got {some(source)}"
         )
     missing = [key for key in own if key not in fitting]
     model.load_state_dict(fitting, strict=False)
     report = LoadReport(list(fitting), resized, missing, unexpected)
     print_log(_summary(report, len(own), name), logger)
     return report
-
-
-def read_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> Any:
-    """Reads a checkpoint without running code that it may hold.
-
-    Configurations in the authors' checkpoints (``yacs.config.CfgNode``) are read as dicts; yacs is
-    not needed.
-
-    Args:
-        path: Path, URL that begins with http:// or https:// (the file is kept where ``torch.hub``
-            keeps files), or another URL that mmengine has a file backend for.
-        map_location: Where tensors are put. Default: 'cpu'.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint.
-        pickle.UnpicklingError: The file holds more than tensors, numbers, texts, lists and dicts.
-    """
-    path = os.fspath(path)
-    try:
-        with torch.serialization.safe_globals([(_CfgNode, "yacs.config.CfgNode")]):
-            if path.startswith(("http://", "https://")):
-                return _read_url(path, map_location)
-            file: Any = Path(path).expanduser()
-            if "://" in path:
-                file = io.BytesIO(fileio.get(path))
-            return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {found[1]}" if found else str(error).partition("\n")[0]
-        raise pickle.UnpicklingError(
-            f"{path}: expected a checkpoint made of tensors, numbers, texts, lists and dicts, but "
-            f"{what}; nothing of it was run. Only if you trust its source: load it with "
-            "torch.load(path, weights_only=False) and save its weights alone, as dict(model=...)"
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are something else fail in torch in any way
-        raise ValueError(
-            f"{path}: expected a file of torch.save, got one that cannot be read as such "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
-def _read_url(url: str, map_location: str | torch.device) -> Any:
-    rank = dist.get_rank()
-    for turn in (rank == 0, rank != 0):  # the first process downloads, the others find the file
-        if turn:
-            checkpoint = torch.hub.load_state_dict_from_url(
-                url, map_location=map_location, progress=sys.stderr.isatty(), weights_only=True
-            )
-        dist.barrier()
-    return checkpoint
-
-
-class _CfgNode:
-    """Stands in for yacs' class while a checkpoint is read: becomes a plain dict, runs nothing."""
-
-    def __new__(cls, *args: Any) -> Any:
-        return OrderedDict()  # torch fills no other kind of dict
-
-
-def find_state_dict(checkpoint: Any, name: str = "checkpoint") -> State:
-    """The weights in what a checkpoint holds, under the names that they have there.
-
-    Args:
-        checkpoint: Dict with ``state_dict`` or ``model``, or a state dict.
-        name: Of the checkpoint, for errors.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    state = checkpoint
-    if isinstance(checkpoint, Mapping):
-        for key in ("state_dict", "model"):
-            if isinstance(checkpoint.get(key), Mapping):
-                state = checkpoint[key]
-                break
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
-        got = _some(checkpoint) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-        raise ValueError(
-            f"{name}: expected a dict with tensors in 'state_dict' or 'model', or a state dict, "
-            f"got {got}"
-        )
-    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _of_backbone(state: State, prefix: str | None, name: str) -> State:
@@ -283,10 +185,6 @@ def _unflatten(table: Tensor) -> Tensor | None:
 def _bicubic(maps: Tensor, size: Sequence[int]) -> Tensor:
     """(N, h, w) to (N, *size), as the public code does it: without aligned corners."""
     return F.interpolate(maps[None], tuple(size), mode="bicubic", align_corners=False)[0]
-
-
-def _some(keys: Any, count: int = 5) -> str:
-    return str(list(keys)[:count])[1:-1] + (", ..." if len(keys) > count else "")
 
 
 def _summary(report: LoadReport, entries: int, name: str) -> str:
