@@ -40,9 +40,9 @@ class DeformableAttention2d(BaseModule):
 
     The two versions differ in coordinates: ``v1`` normalises by the size of the map, ``pp`` (DAT++,
     and all published detectors) by the size less one, so that its grid of keys runs past the right
-    and lower border; and in what a range factor means. Where the public code fails this layer works:
-    maps of one row or column of keys, which then lie in the middle; 'v1' at any size; position
-    biases without offsets.
+    and lower border; and in what a range factor means. Where the public code fails this layer does
+    not: maps with one row or column of keys, which then lie in the middle; 'v1' at any size;
+    position biases without offsets.
 
     ``backend`` says how attention is computed. 'auto': with the fused operator for 'relative'; with
     ``scaled_dot_product_attention`` of torch for 'depthwise' and None; these need no memory of the
