@@ -201,6 +201,7 @@ class TestOptions:
             (dict(stage_specs=("LS", "LS")), r"stage_specs: expected 4 values.*got 2"),
             (dict(depths=(2, 2, 2, 2)), r"depths: expected \(2, 2, 6, 2\), .*got \(2, 2, 2, 2\)"),
             (dict(dims=(96, 192, 384, 770)), r"num_heads\[3\]: .*dims\[3\] = 770, got 24"),
+            (dict(num_heads=0), r"num_heads\[0\]: .*dims\[0\] = 96, got 0"),
             (dict(num_groups=(1, 2, 5, 6)), r"num_groups\[2\]: .*num_heads\[2\] = 12, got 5"),
             (dict(windows=7), r"DAT has no argument 'windows'; .*'window_sizes'"),
             (dict(out_indices=(0, 4)), r"out_indices: .*0 to 3, got \(0, 4\)"),
@@ -320,8 +321,10 @@ def test_compiles() -> None:
 
 def test_mmengine_counts_all_products() -> None:
     """mmdet's get_flops looks into a traced graph with this counter."""
-    model = small_dat("pp", stage_specs=("LN", "S", "D", "D"), backend="reference").eval()
-    image = torch.randn(1, 3, 64, 64)
+    specs, image = ("LN", "S", "D", "D"), torch.randn(1, 3, 64, 64)
+    fused = FlopAnalyzer(small_dat("pp", stage_specs=specs).eval(), image).by_operator()
+    assert fused["dat_attn"] > 0
+    model = small_dat("pp", stage_specs=specs, backend="reference").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     counts = FlopAnalyzer(model, image).by_operator()

@@ -198,7 +198,7 @@ def _check(index: int, stage: StageSpec) -> None:
         raise ValueError(
             f"stage_specs[{index}]: expected a string of the codes {known}, got {codes!r}"
         )
-    if stage.dims % stage.num_heads:
+    if stage.num_heads < 1 or stage.dims % stage.num_heads:
         raise ValueError(
             f"num_heads[{index}]: expected a divisor of dims[{index}] = {stage.dims}, "
             f"got {stage.num_heads}"

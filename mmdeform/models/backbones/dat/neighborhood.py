@@ -16,7 +16,7 @@ __all__ = ["neighborhood_attention"]
 
 # Gathered elements of keys in flight: within the cache of a CPU, enough for all cores of a GPU.
 _CHUNK = {"cpu": 2**20}
-_LARGE_CHUNK = 2**26
+_LARGE_CHUNK = 2**24
 
 
 def neighborhood_attention(
