@@ -223,7 +223,7 @@ def draw_panel(
     """Draws the image and the keys, the largest attention as a circle of area ``largest``."""
     height, width = picture.pixels.shape[:2]
     gray = picture.pixels.mean(-1, keepdims=True)
-    axis.imshow((0.5 * gray + 0.2 * picture.pixels).astype(np.uint8), interpolation="bicubic")
+    axis.imshow((0.4 * gray + 0.35 * picture.pixels).astype(np.uint8), interpolation="bicubic")
     if offsets:
         lines = np.stack([panel.references, panel.points], 1)
         axis.add_collection(LineCollection(lines, colors="white", linewidths=0.4, alpha=0.6))
