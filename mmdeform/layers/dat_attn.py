@@ -58,7 +58,7 @@ class DeformableAttention2d(BaseModule):
             'fixed' are made. At other sizes they are stretched. Default: 14.
         stride: Pixels between keys, one number or (vertical, horizontal). Default: 1.
         kernel_size: Kernel of the network that predicts offsets. Default: 5.
-        offset_range_factor: s, how far keys may move. Positive: s * tanh(offset) steps between
+        offset_range_factor: s, how far keys may move. Positive: s / 2 * tanh(offset) steps between
             keys. Zero: in 'v1' any distance, predicted in normalised units, in 'pp' none at all.
             Negative: any distance, in normalised units, but not out of the map: 'v1' squashes
             positions with tanh, 'pp' clamps them. Default: 2.0.
