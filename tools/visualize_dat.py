@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import mmdeform  # noqa: F401  (configs may inherit from mmdeform::)
 from mmdeform.analysis.dat import LayerKeys, deformable_blocks, find_block, record_keys
-from mmdeform.models.backbones.dat.checkpoint import load_dat_checkpoint
+from mmdeform.models.backbones.dat import load_dat_checkpoint
 from mmdeform.registry import MODELS
 
 matplotlib.use("Agg")
