@@ -17,6 +17,7 @@ loads: of a detector, a classifier or the backbone alone.
 
 import argparse
 import itertools
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -351,7 +352,7 @@ def main() -> None:
         parser.error("--head belongs to one group; give one of --head and --group")
     try:
         layers = visualize(args)
-    except ValueError as error:
+    except (ValueError, pickle.UnpicklingError) as error:
         parser.error(str(error))
     if args.checkpoint is None:
         print("no checkpoint: weights are as they are before training")

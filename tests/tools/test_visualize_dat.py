@@ -318,6 +318,7 @@ def test_files_that_are_missing_or_no_images_are_refused(
         ((config, tmp_path / "missing.png"), "missing.png does not exist"),
         ((config, tmp_path / "missing.pth", image), "missing.pth does not exist"),
         ((config, config), "config.py is no image that OpenCV can read"),
+        ((config, image, image), "image.png: expected a checkpoint"),
     ):
         with pytest.raises(SystemExit):
             run(tool, monkeypatch, *arguments)
