@@ -68,6 +68,7 @@ struct Scratch {
     }
   }
 
+  // Pieces begin at multiples of 64 bytes, as torch's memory does: vectors lie in some of them.
   A* take(int64_t size) {
     A* result = memory == nullptr ? nullptr : memory + count;
     count += round_up(size, 64 / sizeof(A));
