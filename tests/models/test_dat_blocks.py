@@ -146,6 +146,19 @@ class TestNeighborhood:
         assert kept.mean() == pytest.approx(9 * 0.75, rel=0.05)
         assert kept.std() == pytest.approx((9 * 0.75 * 0.25) ** 0.5, rel=0.1)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_gradients_of_half_precision_are_summed_in_fp32(self, dtype: torch.dtype) -> None:
+        ramp = torch.arange(40.0).expand(1, 1, 40, 40)[..., None]
+        gradients = []
+        for data in (torch.float64, dtype):
+            zeros = torch.zeros(1, 1, 40, 40, 1, dtype=data)
+            bias = torch.zeros(1, 5, 5, dtype=data, requires_grad=True)
+            output = neighborhood.neighborhood_attention(zeros, zeros, ramp.to(data), bias)
+            gradients += torch.autograd.grad(output.sum(), bias)
+        exact, got = gradients
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), exact, rtol=0.01, atol=0.5)
+
     def test_double_backward_is_refused(self) -> None:
         inputs = [torch.randn(1, 1, 3, 3, 2, requires_grad=True) for _ in range(3)]
         output = neighborhood.neighborhood_attention(*inputs, torch.zeros(1, 5, 5))

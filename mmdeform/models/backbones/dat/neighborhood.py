@@ -113,8 +113,9 @@ def _backward(
     value: Tensor,
     bias: Tensor,
     problem: _Problem,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [torch.zeros_like(tensor) for tensor in (query, key, value, bias)]
+) -> tuple[Tensor, ...]:
+    tensors = query, key, value, bias
+    grads = [torch.zeros_like(tensor, dtype=_sum_dtype(query)) for tensor in tensors]
     for chunk in _chunks(query, problem):
         keys, values = _gather(key, chunk.pixels), _gather(value, chunk.pixels)
         queries, grad = (_rows(tensor, chunk) for tensor in (query, grad_output))
@@ -126,13 +127,12 @@ def _backward(
             dropped, grad_weights = weights * mask, grad_weights * mask
         grad_logits = weights * grad_weights
         grad_logits = grad_logits - weights * grad_logits.sum(-1, keepdim=True)
-        grads[3] += _scatter_bias(grad_logits, bias, chunk)
-        grad_logits = grad_logits.to(query.dtype)
+        grads[3] += _sum_by_displacement(grad_logits, bias, chunk)
         own = grads[0][:, chunk.start : chunk.stop]
-        own += (grad_logits @ keys).view(own.shape)
+        own += (grad_logits.to(keys.dtype) @ keys).view(own.shape)
         _scatter(grads[1], grad_logits.transpose(1, 2) * queries, chunk)
-        _scatter(grads[2], dropped.to(value.dtype).transpose(1, 2) * grad, chunk)
-    return grads[0], grads[1], grads[2], grads[3]
+        _scatter(grads[2], dropped.transpose(1, 2) * grad, chunk)
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
 
 
 def _chunks(query: Tensor, problem: _Problem) -> Iterator[_Chunk]:
@@ -178,11 +178,12 @@ def _scatter(grad: Tensor, windows: Tensor, chunk: _Chunk) -> None:
     grad[:, first:last] += band.view(grad.shape[0], last - first, grad.shape[2])
 
 
-def _scatter_bias(grad_logits: Tensor, bias: Tensor, chunk: _Chunk) -> Tensor:
+def _sum_by_displacement(grad_logits: Tensor, bias: Tensor, chunk: _Chunk) -> Tensor:
+    """The gradient of the bias, (M, displacements)."""
     count = chunk.displacements.numel()
     by_head = grad_logits.view(-1, bias.shape[0], count).sum(0)
     rows = _sum_rows(by_head.t().contiguous(), chunk.displacements.flatten(), bias.shape[1])
-    return rows.t().to(bias.dtype)
+    return rows.t()
 
 
 def _sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
@@ -191,10 +192,10 @@ def _sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
 
 
 def _weights(query: Tensor, keys: Tensor, bias: Tensor, chunk: _Chunk) -> Tensor:
-    """Softmaxed weights of a chunk, shape (B * M * n, 1, k * k), of a dtype that holds both."""
+    """Softmaxed weights of a chunk, shape (B * M * n, 1, k * k), in the dtype of sums."""
     logits = _rows(query, chunk) @ keys.transpose(1, 2)
     by_head = bias[:, chunk.displacements]  # (M, n, k * k)
-    logits = logits.view(-1, *by_head.shape) + by_head
+    logits = logits.to(_sum_dtype(query)).view(-1, *by_head.shape) + by_head
     return logits.softmax(-1).view(-1, 1, by_head.shape[-1])
 
 
@@ -205,3 +206,7 @@ def _dropout_mask(weights: Tensor, problem: _Problem, chunk: _Chunk) -> Tensor |
     generator = torch.Generator(weights.device).manual_seed(problem.seed + chunk.start)
     kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= problem.drop
     return kept.to(weights.dtype) / (1 - problem.drop)
+
+
+def _sum_dtype(data: Tensor) -> torch.dtype:
+    return torch.promote_types(data.dtype, torch.float32)
