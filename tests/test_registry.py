@@ -46,6 +46,7 @@ NAMES = {
     "DeformPSRoIPoolPack": layers.DeformPSRoIPoolPack,
     "DeformRoIPool": layers.DeformRoIPool,
     "DeformRoIPoolPack": layers.DeformRoIPoolPack,
+    "DeformableAttention2d": layers.DeformableAttention2d,
     "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,
     "MultiScaleDeformableAttention": layers.MultiScaleDeformableAttention,
     "SingleLevelDeformableAttention": layers.SingleLevelDeformableAttention,
