@@ -145,7 +145,7 @@ OPERATOR = Operator(
         Peer("grid_sample", _load_grid_sample, copies=8),
         Peer("reference", _load_reference, coordinates_as_data=False, copies=10),
     ),
-    # The third stage of DAT-T++ and of DAT-T for an image of 800 x 1333 pixels, and of 224 x 224.
+    # The third stage of DAT-S++ and of DAT-T for an image of 800 x 1333 pixels, and of 224 x 224.
     cases=(
         make_case("50x84-1050keys", (50, 84), (25, 42), (27, 27), batches=_BOTH),
         make_case("50x84-4200keys", (50, 84), (50, 84), (27, 27), align_corners=False,
