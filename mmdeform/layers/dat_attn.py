@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from mmdeform.ops import dat_attn, dat_sample
 from mmdeform.ops._arguments import pair
+from mmdeform.ops.dat_attn import BACKENDS
 from mmdeform.registry import MODELS
 
 from .layer_norm import LayerNorm2d
@@ -26,7 +27,6 @@ __all__ = ["DeformableAttention2d"]
 IntPair = int | tuple[int, int]
 _VERSIONS = ("v1", "pp")
 _BIASES = ("relative", "depthwise", "fixed", "log_cpb", None)
-_BACKENDS = ("auto", "fused", "reference")
 
 
 @MODELS.register_module()
@@ -109,7 +109,7 @@ class DeformableAttention2d(BaseModule):
         for name, value, known in (
             ("version", version, _VERSIONS),
             ("position_bias", position_bias, _BIASES),
-            ("backend", backend, _BACKENDS),
+            ("backend", backend, BACKENDS),
         ):
             if value not in known:
                 raise ValueError(
