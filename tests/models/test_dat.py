@@ -10,12 +10,13 @@ import torch
 
 pytest.importorskip("mmcv.ops")
 from mmengine.analysis import FlopAnalyzer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdeform.models import DAT
 from mmdeform.registry import MODELS
 
+from .backbones import autocast, cast, count, gradients
 from .small_dat import SPECS, small_dat
 
 VERSIONS = tuple(SPECS)
@@ -29,10 +30,6 @@ PUBLISHED = {
     ("pp", "small"): (53_127_366, 9.3825),
     ("pp", "base"): (93_690_640, 16.5020),
 }
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class TestPublished:
@@ -223,21 +220,6 @@ class TestOptions:
         assert [len(stage.attns) for stage in model.stages] == [2, 2, 6, 2]
 
 
-def gradients(model: nn.Module, image: Tensor) -> tuple[list[Tensor], int]:
-    """Outputs and gradients, and how many bytes were kept for the backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    torch.manual_seed(3)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        maps = model(image)
-    grads = torch.autograd.grad(sum(y.square().mean() for y in maps), [*model.parameters()])
-    return [*maps, *grads], sum(kept.values())
-
-
 class TestTraining:
     @pytest.mark.parametrize("version", VERSIONS)
     def test_activation_checkpointing(self, version: str) -> None:
@@ -272,18 +254,6 @@ class TestTraining:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.3 < losses[0]
-
-
-def cast(dtype: torch.dtype) -> Callable[[nn.Module, Tensor], tuple[Tensor, ...]]:
-    return lambda model, image: model.to(dtype)(image.to(dtype))
-
-
-def autocast(dtype: torch.dtype) -> Callable[[nn.Module, Tensor], tuple[Tensor, ...]]:
-    def call(model: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", dtype):
-            return model(image)
-
-    return call
 
 
 @pytest.mark.parametrize(
