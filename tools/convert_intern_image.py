@@ -91,9 +91,8 @@ def make_flash(
         arguments["offset_scale"] = INTERN_IMAGE[size].offset_scale
     print(f"exactly as in InternImage: {len(weights.exact)} entries")
     print(
-        f"approximately, and to be trained: {len(weights.approximate)} entries offset_mask.*, which "
-        "predict at every pixel the offsets and weights that InternImage predicts for average "
-        "features"
+        f"approximately, and to be trained: {len(weights.approximate)} entries offset_mask.*; they "
+        "predict at every pixel what InternImage predicts for average features"
     )
     if weights.left_out:
         print(f"left out, without a counterpart: {len(weights.left_out)} entries dw_conv.0.*")

@@ -69,7 +69,11 @@ class TestFlash:
         ("arch", "model", "left_out"),
         [
             ("tiny", "arch='tiny', dcn_output_bias=True, mlp_fc2_bias=True", True),
-            ("base", "arch='base', offset_scale=1.0, dcn_output_bias=True, mlp_fc2_bias=True", False),
+            (
+                "base",
+                "arch='base', offset_scale=1.0, dcn_output_bias=True, mlp_fc2_bias=True",
+                False,
+            ),
         ],
     )
     def test_published_sizes(
