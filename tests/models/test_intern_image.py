@@ -303,8 +303,10 @@ class TestTraining:
     )
     def test_half_precision(self, kind: str, call: Callable, tolerance: float) -> None:
         model = filled(kind)
-        if kind == "v4":  # its weights are not bounded, and pass on what rounding has left
-            tolerance *= 3
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("offset_mask.weight"):  # masks without bounds pass on errors
+                    parameter.mul_(0.1)
         image = torch.randn(1, 3, 64, 50)
         expected = [y.detach() for y in model(image)]
         maps = call(model, image)
