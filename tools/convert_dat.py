@@ -23,7 +23,7 @@ from torch import Tensor
 from mmdeform.models.backbones import DAT
 from mmdeform.models.backbones.dat.arch import ARCHS
 from mmdeform.models.backbones.dat.published import LAYOUTS, published_state_dict
-from mmdeform.models.backbones.dat.reading import find_state_dict, read_checkpoint
+from mmdeform.models.backbones.reading import find_state_dict, read_checkpoint
 
 BACKBONE = "backbone."
 # A classifier of mmpretrain: the norm of the last map and a linear head.

@@ -5,10 +5,10 @@ The detectors and RoI extractors need mmdet; where only mmcv is installed, they 
 
 import importlib.util
 
-from .backbones import DAT
+from .backbones import DAT, FlashInternImage, InternImage
 from .transplant import Transplant
 
-__all__ = ["DAT", "Transplant"]
+__all__ = ["DAT", "FlashInternImage", "InternImage", "Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
     from .detectors import DeformableDETR

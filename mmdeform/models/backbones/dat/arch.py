@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..base import STAGES
+
 __all__ = ["ARCHS", "BLOCKS", "Arch", "StageSpec", "make_arch"]
 
 BLOCKS = {
@@ -16,7 +18,6 @@ BLOCKS = {
     "N": "neighbourhood attention",
     "P": "attention to a downsampled map",
 }
-STAGES = 4
 
 # What the architectures of a version have in common: one value for all stages, or four.
 _V1: dict[str, Any] = dict(

@@ -1,6 +1,5 @@
 """Checkpoints of DAT: those of its authors, of classifiers and of detectors, and our own."""
 
-import dataclasses
 import math
 import os
 import re
@@ -9,34 +8,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .reading import State, find_state_dict, read_checkpoint, some
+from ..loading import LoadReport, PublishedFormat, load_backbone
 
-__all__ = ["LoadReport", "load_dat_checkpoint"]
+__all__ = ["DAT_FORMAT", "load_dat_checkpoint"]
 
 BUFFERS = ("attn_mask", "relative_position_index")  # constants that the public code stores
-CLASSIFIER = ("cls_norm", "cls_head")
 TABLES = ("relative_position_bias_table", "rpe_table", "rpb")
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadReport:
-    """What became of the entries of a model and of a checkpoint.
+class _Published(PublishedFormat):
+    def rename(self, key: str) -> str | None:
+        if key.rpartition(".")[2] in BUFFERS:
+            return None
+        # The authors' detectors and classifiers name the weight of a layer scale differently.
+        return re.sub(r"(layer_scales\.\d+)\.gamma$", r"\1.weight", key)
 
-    Attributes:
-        loaded: Entries of the model that got values of the checkpoint.
-        resized: Those of them that are tables made for another size.
-        missing: Entries of the model that keep their values.
-        unexpected: Entries of the checkpoint that the model has no place for. Constants that
-            published checkpoints hold do not count, nor does a classifier if the model is none.
-    """
+    def resize(self, model: nn.Module, key: str, value: Tensor, shape: torch.Size) -> Tensor | None:
+        owner = model.get_submodule(key.rpartition(".")[0])
+        return _resize(key, value, shape, getattr(owner, "position_bias", None) == "fixed")
 
-    loaded: list[str]
-    resized: list[str]
-    missing: list[str]
-    unexpected: list[str]
+
+DAT_FORMAT = _Published("DAT", classifier=("cls_norm", "cls_head"), head="cls_head")
 
 
 def load_dat_checkpoint(
@@ -49,100 +43,10 @@ def load_dat_checkpoint(
     """Loads weights into a :class:`DAT`, in place, and logs what fitted.
 
     Tables of position biases that were made for another window or map are resized, bicubically as
-    in the public code. A classification layer for another number of classes is left out.
-
-    Args:
-        model: The backbone or classifier.
-        checkpoint: Path, URL (see :func:`read_checkpoint`), or what a checkpoint holds: a dict with
-            ``model`` (the authors' classifiers) or ``state_dict`` (detectors, theirs and
-            mmengine's), or a bare state dict.
-        prefix: Takes entries whose names begin so, without this part. Default: 'backbone.' if there
-            are such entries, else all. A leading 'module.' never matters.
-        map_location: Where tensors of a file are put before they are copied. Default: 'cpu'.
-        logger: Of mmengine's ``print_log``. Default: 'current'.
-
-    Raises:
-        ValueError: The checkpoint has no weights, none that fit, or some of another shape.
-        pickle.UnpicklingError: See :func:`read_checkpoint`.
+    in the public code. Arguments and errors are those of :func:`load_backbone`; ``checkpoint`` may
+    be one of the authors' classifiers (``model``) or detectors (``state_dict``).
     """
-    if isinstance(checkpoint, Mapping):
-        name = "checkpoint"
-    else:
-        name = os.fspath(checkpoint)
-        checkpoint = read_checkpoint(name, map_location)
-    source = _of_backbone(find_state_dict(checkpoint, name), prefix, name)
-    fitting, resized, unexpected = _fit(model, source, name)
-    own = model.state_dict()
-    if not fitting:
-        raise ValueError(
-            f"{name}: no entry fits the model; expected names such as {some(own)}, "
-            f"got {some(source)}"
-        )
-    missing = [key for key in own if key not in fitting]
-    model.load_state_dict(fitting, strict=False)
-    report = LoadReport(list(fitting), resized, missing, unexpected)
-    print_log(_summary(report, len(own), name), logger)
-    return report
-
-
-def _of_backbone(state: State, prefix: str | None, name: str) -> State:
-    """The entries of the backbone, named as in the model; without constants of the public code."""
-    if prefix is None:
-        prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
-    elif prefix and not prefix.endswith("."):
-        prefix += "."
-    found = {
-        # The authors' detectors and classifiers name the weight of a layer scale differently.
-        re.sub(r"(layer_scales\.\d+)\.gamma$", r"\1.weight", key.removeprefix(prefix)): value
-        for key, value in state.items()
-        if key.startswith(prefix) and key.rpartition(".")[2] not in BUFFERS
-    }
-    if not found:
-        first = sorted({key.partition(".")[0] for key in state})
-        raise ValueError(f"{name}: no entry begins with prefix {prefix!r}; they begin with {first}")
-    return found
-
-
-def _fit(
-    model: nn.Module, source: State, name: str
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Entries in the shapes of the model, names of those resized, and names that it lacks.
-
-    Raises:
-        ValueError: Shapes differ.
-    """
-    own = model.state_dict()
-    is_classifier = any(key.partition(".")[0] in CLASSIFIER for key in own)
-    fitting, resized, unexpected, wrong = {}, [], [], []
-    for key, value in source.items():
-        of_classifier = key.partition(".")[0] in CLASSIFIER
-        if key not in own:
-            if is_classifier or not of_classifier:
-                unexpected.append(key)
-            continue
-        if value.shape != own[key].shape:
-            fixed = getattr(_owner(model, key), "position_bias", None) == "fixed"
-            table = _resize(key, value, own[key].shape, fixed)
-            if table is None:
-                if key.startswith("cls_head."):
-                    unexpected.append(key)
-                else:
-                    wrong.append(f"{key} {tuple(own[key].shape)}, got {tuple(value.shape)}")
-                continue
-            resized.append(key)
-            value = table
-        fitting[key] = value
-    if wrong:
-        raise ValueError(
-            f"{name}: {len(wrong)} entries have another shape than the model's; expected "
-            + "; ".join(wrong[:5])
-            + ("; ..." if len(wrong) > 5 else "")
-        )
-    return fitting, resized, unexpected
-
-
-def _owner(model: nn.Module, key: str) -> nn.Module:
-    return model.get_submodule(key.rpartition(".")[0])
+    return load_backbone(model, checkpoint, DAT_FORMAT, prefix, map_location, logger)
 
 
 def _resize(key: str, table: Tensor, shape: torch.Size, fixed: bool) -> Tensor | None:
@@ -185,15 +89,3 @@ def _unflatten(table: Tensor) -> Tensor | None:
 def _bicubic(maps: Tensor, size: Sequence[int]) -> Tensor:
     """(N, h, w) to (N, *size), as the public code does it: without aligned corners."""
     return F.interpolate(maps[None], tuple(size), mode="bicubic", align_corners=False)[0]
-
-
-def _summary(report: LoadReport, entries: int, name: str) -> str:
-    lines = [f"DAT: {len(report.loaded)} of {entries} entries loaded from {name}"]
-    for what, keys in (
-        ("resized tables", report.resized),
-        ("missing there, unchanged here", report.missing),
-        ("not used", report.unexpected),
-    ):
-        if keys:
-            lines.append(f"{len(keys)} {what}: {', '.join(keys)}")
-    return "\n".join(lines)

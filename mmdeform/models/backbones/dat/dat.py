@@ -9,15 +9,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from mmdeform.layers.layer_norm import LayerNorm2d
 from mmdeform.registry import MODELS
 
-from .arch import STAGES, make_arch
-from .checkpoint import load_dat_checkpoint
+from ..base import Backbone, rising_rates
+from .arch import make_arch
+from .checkpoint import DAT_FORMAT
 from .resize import downsample, stem
 from .stage import DATStage
 
@@ -25,7 +25,7 @@ __all__ = ["DAT"]
 
 
 @MODELS.register_module()
-class DAT(BaseModule):
+class DAT(Backbone):
     """Vision transformer with deformable attention, four stages, as a backbone or a classifier.
 
     State dicts have the published names. Images may have any size; feature maps have the size of
@@ -79,6 +79,8 @@ class DAT(BaseModule):
         [(1, 128, 8, 12), (1, 256, 4, 6), (1, 512, 2, 3)]
     """
 
+    published = DAT_FORMAT
+
     def __init__(
         self,
         arch: str = "tiny",
@@ -96,19 +98,14 @@ class DAT(BaseModule):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__(num_classes, out_indices, frozen_stages, init_cfg)
         if drop_path_rate is not None:
             settings["drop_path_rate"] = drop_path_rate
         model = make_arch(arch, version, settings)
-        _check(num_classes, out_indices, frozen_stages)
-        self.num_classes = num_classes
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        count = STAGES if num_classes else max(out_indices) + 1
-        specs = model.stages[:count]
+        specs = model.stages[: self.built_stages]
 
         self.patch_proj = stem(in_channels, model.stem_dims, model.conv_stem)
-        rates = iter(_rates(model.drop_path_rate, sum(len(s.stage_specs) for s in model.stages)))
+        rates = iter(rising_rates(model.drop_path_rate, sum(len(s.stage_specs) for s in model.stages)))
         feat_size = [length // 4 for length in _pair(img_size)]
         self.stages = nn.ModuleList()
         for index, spec in enumerate(specs):
@@ -162,49 +159,6 @@ class DAT(BaseModule):
             return self.cls_head(self.cls_norm(x).mean((2, 3)))
         return tuple(outputs)
 
-    def init_weights(self) -> None:
-        """Initialises as ``init_cfg`` says; pretrained weights come last, by DAT's own loader."""
-        if self.is_init:
-            super().init_weights()  # warns
-            return
-        init_cfg = self.init_cfg
-        configs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
-        pretrained = [cfg for cfg in configs if cfg["type"] in ("Pretrained", PretrainedInit)]
-        self.init_cfg = [cfg for cfg in configs if cfg not in pretrained]
-        super().init_weights()
-        self.init_cfg = init_cfg
-        for cfg in pretrained:
-            load_dat_checkpoint(self, **{key: cfg[key] for key in cfg if key != "type"})
-
-    def train(self, mode: bool = True) -> "DAT":
-        """Sets training mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
-        self._freeze()
-        return self
-
-    def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        frozen = [self.patch_proj, *self.stages[: self.frozen_stages]]
-        frozen += self.down_projs[: max(0, self.frozen_stages - 1)]
-        frozen += [] if self.num_classes else self.norms[: self.frozen_stages]
-        for module in frozen:
-            module.eval().requires_grad_(False)
-
-
-def _rates(last: float, count: int) -> list[float]:
-    """Drop path rates that rise from 0 to ``last``; of a single block 0."""
-    return [last * index / max(1, count - 1) for index in range(count)]
-
-
-def _check(num_classes: int, out_indices: Sequence[int], frozen_stages: int) -> None:
-    if num_classes < 0:
-        raise ValueError(f"num_classes: expected 0 (a backbone) or more, got {num_classes}")
-    if not out_indices or not set(out_indices) <= set(range(STAGES)):
-        raise ValueError(
-            f"out_indices: expected indices of stages, 0 to {STAGES - 1}, got {out_indices}"
-        )
-    if not -1 <= frozen_stages <= STAGES:
-        raise ValueError(
-            f"frozen_stages: expected -1 (nothing) to {STAGES} (all stages), got {frozen_stages}"
-        )
+    def _frozen_modules(self, stages: int) -> list[nn.Module]:
+        modules = [self.patch_proj, *self.stages[:stages], *self.down_projs[: max(0, stages - 1)]]
+        return modules if self.num_classes else [*modules, *self.norms[:stages]]

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("mmcv.ops")
 from mmdeform.models.backbones.dat import load_dat_checkpoint
-from mmdeform.models.backbones.dat.reading import read_checkpoint
+from mmdeform.models.backbones.reading import read_checkpoint
 
 from .small_dat import small_dat
 

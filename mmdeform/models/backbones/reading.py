@@ -6,7 +6,7 @@ import pickle
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +79,22 @@ class _CfgNode:
         return OrderedDict()  # torch fills no other kind of dict
 
 
-def find_state_dict(checkpoint: Any, name: str = "checkpoint") -> State:
+def find_state_dict(
+    checkpoint: Any, name: str = "checkpoint", containers: Sequence[str] = ("state_dict", "model")
+) -> State:
     """The weights in what a checkpoint holds, under the names that they have there.
 
     Args:
-        checkpoint: Dict with ``state_dict`` or ``model``, or a state dict.
+        checkpoint: Dict with weights under one of ``containers``, or a state dict.
         name: Of the checkpoint, for errors.
+        containers: Names in order of preference. Default: 'state_dict', then 'model'.
 
     Raises:
         ValueError: It is something else.
     """
     state = checkpoint
     if isinstance(checkpoint, Mapping):
-        for key in ("state_dict", "model"):
+        for key in containers:
             if isinstance(checkpoint.get(key), Mapping):
                 state = checkpoint[key]
                 break
@@ -101,9 +104,9 @@ def find_state_dict(checkpoint: Any, name: str = "checkpoint") -> State:
         or not all(isinstance(value, Tensor) for value in state.values())
     ):
         got = some(checkpoint) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        known = " or ".join(map(repr, containers))
         raise ValueError(
-            f"{name}: expected a dict with tensors in 'state_dict' or 'model', or a state dict, "
-            f"got {got}"
+            f"{name}: expected a dict with tensors in {known}, or a state dict, got {got}"
         )
     return {key.removeprefix("module."): value for key, value in state.items()}
 
