@@ -1,7 +1,5 @@
 _base_ = "../dino/dino-4scale_r50_8xb2-12e_coco.py"
-pretrained = (
-    "https://huggingface.co/OpenGVLab/InternImage/resolve/main/internimage_t_1k_224.pth"
-)
+pretrained = "https://huggingface.co/OpenGVLab/InternImage/resolve/main/internimage_t_1k_224.pth"
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),
     backbone=dict(

@@ -114,9 +114,7 @@ def test_intern_image_decays_as_published(name: str, post_norm: bool) -> None:
         if "sampling_offsets" in key:
             expected[key] = (1.0, 0.0)
     assert len({lr for lr, _ in expected.values()}) == 10
-    wrapper = build(
-        model, decay_rate=0.9, custom_keys=dict(sampling_offsets=dict(decay_mult=0.0))
-    )
+    wrapper = build(model, decay_rate=0.9, custom_keys=dict(sampling_offsets=dict(decay_mult=0.0)))
     assert settings(model, wrapper) == pytest.approx(expected)
     assert any(".norm." in key for key in expected) != post_norm
 

@@ -1,7 +1,5 @@
 _base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"
-pretrained = (
-    "https://huggingface.co/OpenGVLab/InternImage/resolve/main/internimage_t_1k_224.pth"
-)
+pretrained = "https://huggingface.co/OpenGVLab/InternImage/resolve/main/internimage_t_1k_224.pth"
 model = dict(
     backbone=dict(
         _delete_=True,
