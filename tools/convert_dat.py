@@ -12,7 +12,6 @@ loads the authors' files.
 
 import argparse
 import pickle
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from mmdeform.models.backbones import DAT
 from mmdeform.models.backbones.dat.arch import ARCHS
 from mmdeform.models.backbones.dat.published import LAYOUTS, published_state_dict
+from mmdeform.models.backbones.loading import load_exactly
 from mmdeform.models.backbones.reading import find_state_dict, read_checkpoint
 
 BACKBONE = "backbone."
@@ -85,13 +85,7 @@ def load(options: dict[str, Any], state: dict[str, Tensor], name: str) -> DAT:
             )
         options["out_indices"] = sorted(indices)
     model = DAT(**options)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reasons = [textwrap.shorten(line, 200) for line in str(error).splitlines()[1:4]]
-        raise ValueError(
-            f"{name} holds weights of another model than that given: {'; '.join(reasons)}"
-        ) from None
+    load_exactly(model, state, name)
     return model
 
 

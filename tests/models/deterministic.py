@@ -27,14 +27,19 @@ def uniform(name: str, shape: Sequence[int]) -> Tensor:
 def fill_parameters(model: nn.Module) -> None:
     """Gives each parameter the numbers that belong to its name and shape, all of a useful size.
 
-    Weights of norms lie around 1, other vectors are small, tables of position biases are of order
-    1 (those that are freshly initialised are too small to be seen), and the rest keeps the variance
-    of what it multiplies.
+    Weights of norms and scales of residuals lie around 1, other vectors are small, tables of
+    position biases are of order 1 (those that are freshly initialised are too small to be seen),
+    and the rest keeps the variance of what it multiplies.
     """
+    norms = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d)
+    }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = uniform(name, parameter.shape)
-            if name.endswith("norm.weight"):
+            if name in norms or name.endswith(("gamma1", "gamma2")):
                 values = 1 + values.mul_(0.2)
             elif name.endswith(("table", "rpb")):
                 pass
@@ -43,3 +48,9 @@ def fill_parameters(model: nn.Module) -> None:
             else:
                 values.mul_(0.2)
             parameter.copy_(values)
+
+
+def statistics(output: Tensor) -> list[float]:
+    """Mean, mean magnitude, and the mean of the product with ``uniform("probe", shape)``."""
+    probe = uniform("probe", output.shape).to(output)
+    return [output.mean().item(), output.abs().mean().item(), (output * probe).mean().item()]

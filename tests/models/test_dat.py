@@ -1,7 +1,5 @@
 """DAT and DAT++: published sizes, any image, training, options, errors."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +8,13 @@ import torch
 
 pytest.importorskip("mmcv.ops")
 from mmengine.analysis import FlopAnalyzer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdeform.models import DAT
 from mmdeform.registry import MODELS
 
+from .backbones import autocast, cast, count, gradients
 from .small_dat import SPECS, small_dat
 
 VERSIONS = tuple(SPECS)
@@ -29,10 +28,6 @@ PUBLISHED = {
     ("pp", "small"): (53_127_366, 9.3825),
     ("pp", "base"): (93_690_640, 16.5020),
 }
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class TestPublished:
@@ -223,21 +218,6 @@ class TestOptions:
         assert [len(stage.attns) for stage in model.stages] == [2, 2, 6, 2]
 
 
-def gradients(model: nn.Module, image: Tensor) -> tuple[list[Tensor], int]:
-    """Outputs and gradients, and how many bytes were kept for the backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    torch.manual_seed(3)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        maps = model(image)
-    grads = torch.autograd.grad(sum(y.square().mean() for y in maps), [*model.parameters()])
-    return [*maps, *grads], sum(kept.values())
-
-
 class TestTraining:
     @pytest.mark.parametrize("version", VERSIONS)
     def test_activation_checkpointing(self, version: str) -> None:
@@ -272,18 +252,6 @@ class TestTraining:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.3 < losses[0]
-
-
-def cast(dtype: torch.dtype) -> Callable[[nn.Module, Tensor], tuple[Tensor, ...]]:
-    return lambda model, image: model.to(dtype)(image.to(dtype))
-
-
-def autocast(dtype: torch.dtype) -> Callable[[nn.Module, Tensor], tuple[Tensor, ...]]:
-    def call(model: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", dtype):
-            return model(image)
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -330,15 +298,3 @@ def test_mmengine_counts_all_products() -> None:
     counts = FlopAnalyzer(model, image).by_operator()
     products = sum(counts[name] for name in ("conv", "linear", "matmul"))
     assert 2 * products == counter.get_total_flops()
-
-
-def test_works_without_mmdet() -> None:
-    code = (
-        "import sys, importlib.util as u; find = u.find_spec;"
-        "u.find_spec = lambda name, *a: None if name == 'mmdet' else find(name, *a);"
-        "import torch; from mmengine.registry import MODELS;"
-        "model = MODELS.build(dict(type='mmdeform.DAT', arch='tiny', out_indices=(0,)));"
-        "assert model(torch.zeros(1, 3, 32, 32))[0].shape == (1, 96, 8, 8);"
-        "assert not any(name.startswith('mmdet.') for name in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

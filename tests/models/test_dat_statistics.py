@@ -19,17 +19,12 @@ from torch import Tensor, nn
 pytest.importorskip("mmcv.ops")
 from mmdeform.models import DAT
 
-from .deterministic import fill_parameters, uniform
+from .deterministic import fill_parameters, statistics, uniform
 
 CASES: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "dat_statistics.json").read_text()
 )
 TOLERANCE = 1e-11  # of figures of order 1, in fp64
-
-
-def statistics(output: Tensor) -> list[float]:
-    probe = uniform("probe", output.shape).to(output)
-    return [output.mean().item(), output.abs().mean().item(), (output * probe).mean().item()]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the backbones here have in common: four stages, and checkpoints that they load themselves."""
+"""What the backbones here have in common: four stages, and a loader of their own."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .reading import State, find_state_dict, read_checkpoint, some
 
-__all__ = ["LoadReport", "PublishedFormat", "load_backbone"]
+__all__ = ["LoadReport", "PublishedFormat", "load_backbone", "load_exactly"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,28 @@ def load_backbone(
     report = LoadReport(list(fitting), resized, missing, unexpected)
     print_log(_summary(report, len(own), name, published.family), logger)
     return report
+
+
+def load_exactly(model: nn.Module, state: State, name: str, assign: bool = False) -> None:
+    """Gives a model the tensors of a state dict, which has to fit without exception.
+
+    Args:
+        model: The model.
+        state: Its weights.
+        name: Of the checkpoint, for errors.
+        assign: The model takes these tensors themselves, as one on the meta device has to. Default:
+            False.
+
+    Raises:
+        ValueError: Names or shapes differ.
+    """
+    try:
+        model.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        reasons = [textwrap.shorten(line, 200) for line in str(error).splitlines()[1:4]]
+        raise ValueError(
+            f"{name} holds weights of another model than that given: {'; '.join(reasons)}"
+        ) from None
 
 
 def _of_backbone(state: State, prefix: str | None, name: str, published: PublishedFormat) -> State:

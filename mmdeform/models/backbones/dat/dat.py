@@ -105,7 +105,9 @@ class DAT(Backbone):
         specs = model.stages[: self.built_stages]
 
         self.patch_proj = stem(in_channels, model.stem_dims, model.conv_stem)
-        rates = iter(rising_rates(model.drop_path_rate, sum(len(s.stage_specs) for s in model.stages)))
+        rates = iter(
+            rising_rates(model.drop_path_rate, sum(len(s.stage_specs) for s in model.stages))
+        )
         feat_size = [length // 4 for length in _pair(img_size)]
         self.stages = nn.ModuleList()
         for index, spec in enumerate(specs):

@@ -14,7 +14,7 @@ from mmdeform.ops.dcnv4 import padded_channels
 from ..base import STAGES
 from .intern_image import FlashInternImage, InternImage
 
-__all__ = ["FlashWeights", "arguments_of", "to_flash"]
+__all__ = ["FlashWeights", "arguments_of", "published_size", "to_flash"]
 
 TAPS = 9  # all kernels are 3 x 3
 _PREDICTOR = (  # what predicts offsets and masks in a DCNv3, behind its depthwise convolution
@@ -39,7 +39,9 @@ def arguments_of(state: Mapping[str, Tensor]) -> tuple[type[InternImage], dict[s
         ValueError: They are of something else.
     """
     block = "levels.0.blocks.0"
-    missing = {"patch_embed.conv1.weight", f"{block}.dcn.output_proj.weight"} - set(state)
+    needed = {f"patch_embed.conv{index}.weight" for index in (1, 2)}
+    needed |= {f"{block}.dcn.output_proj.weight", f"{block}.mlp.fc1.weight"}
+    missing = needed - set(state)
     if missing:
         raise ValueError(
             f"expected weights of InternImage, such as {min(missing)!r}, "
@@ -57,6 +59,7 @@ def arguments_of(state: Mapping[str, Tensor]) -> tuple[type[InternImage], dict[s
     built = sum(depth > 0 for depth in depths)
     channels = len(state["patch_embed.conv2.weight"])
     kernel = state.get(f"{block}.dcn.{depthwise}.weight")
+    kernel_size = None if kernel is None else kernel.shape[-1]
     arguments: dict[str, Any] = dict(
         in_channels=state["patch_embed.conv1.weight"].shape[1],
         num_classes=len(state.get("head.weight", ())),
@@ -67,11 +70,19 @@ def arguments_of(state: Mapping[str, Tensor]) -> tuple[type[InternImage], dict[s
         mlp_ratio=len(state[f"{block}.mlp.fc1.weight"]) / channels,
         post_norm="levels.0.norm.0.weight" not in state,
         layer_scale=1.0 if f"{block}.gamma1" in state else None,
-        dw_kernel_size=None if kernel is None else kernel.shape[-1],
+        dw_kernel_size=None if kernel_size == 3 and not flash else kernel_size,
         dcn_output_bias=f"{block}.dcn.output_proj.bias" in state,
         mlp_fc2_bias=f"{block}.mlp.fc2.bias" in state,
     )
     return FlashInternImage if flash else InternImage, arguments
+
+
+def published_size(kind: type[InternImage], arguments: Mapping[str, Any]) -> str | None:
+    """The ``arch`` that has these channels and depths, if there is one."""
+    for size, arch in kind.archs.items():
+        if (arch.channels, arch.depths) == (arguments["channels"], arguments["depths"]):
+            return size
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +118,7 @@ def to_flash(state: Mapping[str, Tensor], depthwise: bool) -> FlashWeights:
             which are kept; else they are left out.
     """
     kept: dict[str, Tensor] = {}
-    approximate: list[str] = []
+    approximate: dict[str, Tensor] = {}
     left_out: list[str] = []
     for key, value in state.items():
         block, dcn, name = key.partition(".dcn.")
@@ -115,10 +126,8 @@ def to_flash(state: Mapping[str, Tensor], depthwise: bool) -> FlashWeights:
             predictor = {part: state[block + dcn + part] for part in _PREDICTOR}
             bias = _average_prediction(predictor)
             weight = bias.new_zeros(len(bias), predictor["mask.weight"].shape[1])
-            predicted = {f"{block}.dcn.offset_mask.weight": weight}
-            predicted[f"{block}.dcn.offset_mask.bias"] = bias
-            kept |= predicted
-            approximate += predicted
+            approximate[f"{block}.dcn.offset_mask.weight"] = weight
+            approximate[f"{block}.dcn.offset_mask.bias"] = bias
         if name in _PREDICTOR:
             continue
         if name.startswith("dw_conv.0.") and not depthwise:
@@ -126,8 +135,7 @@ def to_flash(state: Mapping[str, Tensor], depthwise: bool) -> FlashWeights:
             continue
         name = name.replace("input_proj", "value_proj").replace("dw_conv.0", "offset_mask_dw")
         kept[block + dcn + name] = value
-    exact = [key for key in kept if key not in set(approximate)]
-    return FlashWeights(kept, exact, approximate, left_out)
+    return FlashWeights(kept | approximate, list(kept), list(approximate), left_out)
 
 
 def _average_prediction(dcn: Mapping[str, Tensor]) -> Tensor:
