@@ -53,22 +53,28 @@ SIZES = {  # architecture, channels, depths
     "b": ("base", 112, (4, 4, 21, 4)),
 }
 PUBLISHED = {
-    "mask-rcnn_internimage-t_fpn_1x_coco": Published(0.2, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_internimage-s_fpn_1x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_internimage-b_fpn_1x_coco": Published(0.4, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_internimage-t_fpn_ms-crop-3x_coco": Published(0.2, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_internimage-s_fpn_ms-crop-3x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_internimage-b_fpn_ms-crop-3x_coco": Published(0.4, 2, 16, 1e-4, 1.0, 0),
-    "dino-4scale_internimage-t_8xb2-12e_coco": Published(0.2, 2, 16, 1e-4, 0.9, 0),
-    "mask-rcnn_flash-internimage-t_fpn_1x_coco": Published(0.2, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_flash-internimage-s_fpn_1x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_flash-internimage-b_fpn_1x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 0),
-    "mask-rcnn_flash-internimage-t_fpn_ms-crop-3x_coco": Published(0.2, 2, 64, 1e-4, 1.0, 0),
-    "mask-rcnn_flash-internimage-s_fpn_ms-crop-3x_coco": Published(0.4, 8, 64, 2e-4, 1.0, 0),
-    "mask-rcnn_flash-internimage-b_fpn_ms-crop-3x_coco": Published(0.4, 4, 64, 2e-4, 0.9, 0),
-    "dino-4scale_flash-internimage-t_8xb4-12e_coco": Published(0.2, 4, 32, 2e-4, 0.9, 0),
-    "dino-4scale_flash-internimage-s_8xb4-12e_coco": Published(0.3, 4, 32, 2e-4, 0.9, 0),
-    "dino-4scale_flash-internimage-b_8xb4-12e_coco": Published(0.3, 4, 32, 2e-4, 0.9, 0),
+    "mask-rcnn_internimage-t_fpn_1x_coco": Published(0.2, 2, 16, 1e-4, 1.0, 48_920_544),
+    "mask-rcnn_internimage-s_fpn_1x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 68_715_024),
+    "mask-rcnn_internimage-b_fpn_1x_coco": Published(0.4, 2, 16, 1e-4, 1.0, 115_245_264),
+    "mask-rcnn_internimage-t_fpn_ms-crop-3x_coco": Published(0.2, 2, 16, 1e-4, 1.0, 48_920_544),
+    "mask-rcnn_internimage-s_fpn_ms-crop-3x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 68_715_024),
+    "mask-rcnn_internimage-b_fpn_ms-crop-3x_coco": Published(0.4, 2, 16, 1e-4, 1.0, 115_245_264),
+    "dino-4scale_internimage-t_8xb2-12e_coco": Published(0.2, 2, 16, 1e-4, 0.9, 48_736_828),
+    "mask-rcnn_flash-internimage-t_fpn_1x_coco": Published(0.2, 2, 16, 1e-4, 1.0, 48_819_696),
+    "mask-rcnn_flash-internimage-s_fpn_1x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 68_704_688),
+    "mask-rcnn_flash-internimage-b_fpn_1x_coco": Published(0.3, 2, 16, 1e-4, 1.0, 115_234_440),
+    "mask-rcnn_flash-internimage-t_fpn_ms-crop-3x_coco": Published(
+        0.2, 2, 64, 1e-4, 1.0, 48_819_696
+    ),
+    "mask-rcnn_flash-internimage-s_fpn_ms-crop-3x_coco": Published(
+        0.4, 8, 64, 2e-4, 1.0, 68_704_688
+    ),
+    "mask-rcnn_flash-internimage-b_fpn_ms-crop-3x_coco": Published(
+        0.4, 4, 64, 2e-4, 0.9, 115_234_440
+    ),
+    "dino-4scale_flash-internimage-t_8xb4-12e_coco": Published(0.2, 4, 32, 2e-4, 0.9, 48_633_932),
+    "dino-4scale_flash-internimage-s_8xb4-12e_coco": Published(0.3, 4, 32, 2e-4, 0.9, 68_809_740),
+    "dino-4scale_flash-internimage-b_8xb4-12e_coco": Published(0.3, 4, 32, 2e-4, 0.9, 115_921_124),
 }
 
 

@@ -130,11 +130,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
-    """What tells its layers, by the prefix of its parameters' names."""
+    """The parts that tell their layers, by the prefix of their parameters' names."""
     found = {
-        f"{name}." if name else "": module
+        f"{name}.": module
         for name, module in model.named_modules()
-        if hasattr(module, "get_layer_depth")
+        if name and hasattr(module, "get_layer_depth")  # of the model itself it is mmpretrain's own
     }
     if not found:
         parts = ", ".join(f"{name} ({type(m).__name__})" for name, m in model.named_children())
@@ -147,12 +147,11 @@ def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
 
 def _steps_from_the_end(name: str, backbones: dict[str, nn.Module]) -> int:
     """How often the learning rate of a parameter is multiplied by the rate of decay."""
-    prefixes = [prefix for prefix in backbones if name.startswith(prefix)]
-    if not prefixes:
-        return 0
-    prefix = max(prefixes, key=len)
-    layer, count = backbones[prefix].get_layer_depth(name, prefix)
-    return count - 1 - layer
+    for prefix, backbone in backbones.items():
+        if name.startswith(prefix):
+            layer, count = backbone.get_layer_depth(name, prefix)
+            return count - 1 - layer
+    return 0
 
 
 def _table(groups: dict[tuple[int, float, float | None], list[nn.Parameter]]) -> str:
