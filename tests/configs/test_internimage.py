@@ -149,6 +149,10 @@ def test_detectors_have_the_published_settings(name: str) -> None:
     imports = ["mmdeform", "mmdeform.typed_attention"][: 2 if dino else 1]
     assert cfg.custom_imports == dict(imports=imports, allow_failed_imports=False)
     assert cfg.default_scope == "mmdet"
+
+
+def test_a_parsed_config_can_be_written_and_read() -> None:
+    cfg = config("dino-4scale_flash-internimage-s_8xb4-12e_coco")
     assert Config.fromstring(cfg.pretty_text, ".py").to_dict() == cfg.to_dict()
 
 
