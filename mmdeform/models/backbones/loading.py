@@ -38,13 +38,11 @@ class PublishedFormat:
     """How a family's authors store weights.
 
     Attributes:
-        family: Name, for the log.
         classifier: Modules that classifiers alone have.
         head: The one of them whose shape depends on the number of classes.
         containers: Where a checkpoint may hold the weights, in order of preference.
     """
 
-    family: str
     classifier: tuple[str, ...]
     head: str
     containers: tuple[str, ...] = ("state_dict", "model")
@@ -101,7 +99,7 @@ def load_backbone(
     missing = [key for key in own if key not in fitting]
     model.load_state_dict(fitting, strict=False)
     report = LoadReport(list(fitting), resized, missing, unexpected)
-    print_log(_summary(report, len(own), name, published.family), logger)
+    print_log(_summary(report, len(own), name, type(model).__name__), logger)
     return report
 
 
@@ -185,8 +183,8 @@ def _module(key: str) -> str:
     return key.partition(".")[0]
 
 
-def _summary(report: LoadReport, entries: int, name: str, family: str) -> str:
-    lines = [f"{family}: {len(report.loaded)} of {entries} entries loaded from {name}"]
+def _summary(report: LoadReport, entries: int, name: str, model: str) -> str:
+    lines = [f"{model}: {len(report.loaded)} of {entries} entries loaded from {name}"]
     for what, keys in (
         ("resized tables", report.resized),
         ("missing there, unchanged here", report.missing),

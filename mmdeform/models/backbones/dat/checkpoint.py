@@ -30,7 +30,7 @@ class _Published(PublishedFormat):
         return _resize(key, value, shape, getattr(owner, "position_bias", None) == "fixed")
 
 
-DAT_FORMAT = _Published("DAT", classifier=("cls_norm", "cls_head"), head="cls_head")
+DAT_FORMAT = _Published(classifier=("cls_norm", "cls_head"), head="cls_head")
 
 
 def load_dat_checkpoint(

@@ -78,7 +78,7 @@ class InternImage(Backbone):
 
     archs: ClassVar[Mapping[str, Arch]] = INTERN_IMAGE
     dcn: ClassVar[type[nn.Module]] = DCNv3
-    published = PublishedFormat("InternImage", CLASSIFIER, "head", CONTAINERS)
+    published = PublishedFormat(CLASSIFIER, "head", CONTAINERS)
 
     def __init__(
         self,
@@ -185,4 +185,3 @@ class FlashInternImage(InternImage):
 
     archs = FLASH_INTERN_IMAGE
     dcn = DCNv4
-    published = PublishedFormat("FlashInternImage", CLASSIFIER, "head", CONTAINERS)
