@@ -1,6 +1,6 @@
 """What a config adds to training: hooks and optimizer constructors."""
 
 from .hooks import OffsetStatsHook, OffsetWarmupHook
-from .optimizers import OffsetLrConstructor
+from .optimizers import LayerDecayConstructor, OffsetLrConstructor
 
-__all__ = ["OffsetLrConstructor", "OffsetStatsHook", "OffsetWarmupHook"]
+__all__ = ["LayerDecayConstructor", "OffsetLrConstructor", "OffsetStatsHook", "OffsetWarmupHook"]

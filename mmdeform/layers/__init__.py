@@ -11,6 +11,7 @@ from .deform_conv2d import (
 )
 from .deform_ps_roi_pool import DeformPSRoIPool, DeformPSRoIPoolPack
 from .deform_roi_pool import DeformRoIPool, DeformRoIPoolPack, ModulatedDeformRoIPoolPack
+from .layer_norm import LN2d
 from .ms_deform_attn import MultiScaleDeformableAttention
 from .offset_layers import OffsetConv2d, OffsetLinear
 from .single_level_deform_attn import SingleLevelDeformableAttention
@@ -25,6 +26,7 @@ __all__ = [
     "DeformRoIPool",
     "DeformRoIPoolPack",
     "DeformableAttention2d",
+    "LN2d",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
     "ModulatedDeformRoIPoolPack",

@@ -40,8 +40,9 @@ from mmdeform.layers import (
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*/*.py"))
 SMALL = [path for path in CONFIGS if path.stem.endswith("_shapes")]
-# Those of DAT on COCO are so many and so much alike that test_dat.py builds a selection.
-BUILT = [path for path in CONFIGS if path.parent.name != "dat" or path in SMALL]
+# Those of backbones on COCO are many and alike: tests of their own build a selection.
+BACKBONES = ("dat", "internimage", "flash_internimage")
+BUILT = [path for path in CONFIGS if path.parent.name not in BACKBONES or path in SMALL]
 FAMILIES = sorted(path.parent for path in (ROOT / "configs").glob("*/metafile.yml"))
 MMDET_CONFIGS = Path(get_installed_path("mmdet"), ".mim", "configs")
 COUNTERPARTS = sorted(
@@ -60,6 +61,8 @@ LAYERS = {
     "dcnv3": DCNv3,
     "dcnv4": DCNv4,
     "dat": DeformableAttention2d,
+    "internimage": DCNv3,
+    "flash": DCNv4,
     "deformable": MultiScaleDeformableAttention,
     "dino": MultiScaleDeformableAttention,
 }
@@ -84,6 +87,8 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
     """The deformable layers that a config's name promises: their class and number."""
     words = re.split("[-_]", path.stem)
     counts: Counter[type] = Counter()
+    if "flash" in words:  # it has DCNv4 where InternImage has DCNv3
+        words.remove("internimage")
     for word in set(words) & set(LAYERS):
         if word in ("deformable", "dino"):
             separate = "ms-inputs" in path.stem
@@ -94,6 +99,8 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
             counts[LAYERS[word]] = 4  # one per level of the pyramid
         elif word == "dat":
             counts[LAYERS[word]] = 6 if "pp" in words else 4
+        elif word in ("internimage", "flash"):
+            counts[LAYERS[word]] = sum(model.backbone.depths)
         elif "r18" in words:  # the second convolution of each block of c4 and c5
             counts[LAYERS[word]] = 4
         else:  # the 3x3 convolutions of c3 to c5

@@ -13,11 +13,8 @@ from mmdeform.layers.offset_limit import OffsetLimit
 from mmdeform.layers.predictors import predictors
 from mmdeform.layers.sampling import sampling_of
 
-LAYERS = [
-    cls
-    for name in layers.__all__
-    if not issubclass(cls := getattr(layers, name), (layers.OffsetConv2d, layers.OffsetLinear))
-]
+PARTS = (layers.LN2d, layers.OffsetConv2d, layers.OffsetLinear)  # of layers: they sample nothing
+LAYERS = [cls for name in layers.__all__ if not issubclass(cls := getattr(layers, name), PARTS)]
 PREDICTS = ("predict_offset", "predict_sampling", "predict_positions")
 PREDICTING = [cls for cls in LAYERS if any(hasattr(cls, name) for name in PREDICTS)]
 # DAT limits its offsets itself: a range factor is part of the published layer.

@@ -146,6 +146,32 @@ class InternImage(Backbone):
             return self.head(self.conv_head(maps[-1]).mean((2, 3)))
         return tuple(maps[index].contiguous() for index in self.out_indices)
 
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The layer of a parameter, for :class:`mmdeform.engine.LayerDecayConstructor`.
+
+        Layer 0 is the stem, each block is one, and what stands behind the stages is the last. What
+        lies between two stages counts as the first block of the next one; the norm at the end of
+        the last stage, as published, as that stage's first block.
+
+        Args:
+            param_name: Name of the parameter, with ``prefix``.
+            prefix: Name of the backbone in the model, and a dot.
+
+        Returns:
+            The layer and the number of layers.
+        """
+        depths = self.arch.depths[: self.built_stages]
+        count = sum(depths) + 2
+        parts = param_name.removeprefix(prefix).split(".")
+        if not param_name.startswith(prefix) or parts[0] not in ("patch_embed", "levels"):
+            return count - 1, count
+        if parts[0] == "patch_embed":
+            return 0, count
+        stage = int(parts[1])
+        if parts[2] == "blocks":
+            return 1 + sum(depths[:stage]) + int(parts[3]), count
+        return 1 + sum(depths[: min(stage + 1, len(depths) - 1)]), count
+
     def _frozen_modules(self, stages: int) -> list[nn.Module]:
         return [self.patch_embed, *self.levels[:stages]]
 
