@@ -98,10 +98,10 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
             counts[LAYERS[word]] = 2  # classes and boxes
         elif word == "dat":
             counts[LAYERS[word]] = 6 if "pp" in words else 4
-        elif "c5" in words and "c3" not in words:  # its 3x3 convolutions
-            counts[LAYERS[word]] = 3
         elif "r18" in words:  # the second convolution of each block of c4 and c5
             counts[LAYERS[word]] = 4
+        elif "c3" not in words:  # the 3x3 convolutions of c5
+            counts[LAYERS[word]] = 3
         else:  # the 3x3 convolutions of c3 to c5
             counts[LAYERS[word]] = 30 if {"r101", "x101"} & set(words) else 13
     return counts
