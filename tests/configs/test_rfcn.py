@@ -23,9 +23,9 @@ RFCN = sorted(path.stem for path in FOLDER.glob("rfcn_*[!s].py"))
 CLASS_AWARE = sorted(path.stem for path in FOLDER.glob("class-aware-rpn_*[!s].py"))
 DCN = dict(type="mmdeform.DCN", deform_groups=4, fallback_on_stride=False)
 PARAMETERS = {  # with R101, for the 20 classes of VOC
-    "rfcn_r101_voc0712": 0,
-    "rfcn_r101-dconv-c5_voc0712": 0,
-    "rfcn_r101-dconv-c5-dpspool_voc0712": 0,
+    "rfcn_r101_voc0712": 50_596_150,
+    "rfcn_r101-dconv-c5_voc0712": 51_591_694,
+    "rfcn_r101-dconv-c5-dpspool_voc0712": 53_801_594,
 }
 
 

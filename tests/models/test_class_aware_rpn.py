@@ -74,7 +74,7 @@ def test_scores_may_be_independent() -> None:
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_an_anchor_learns_the_class_of_its_object(sigmoid: bool) -> None:
     head = make_head(loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=sigmoid))
-    # The square anchor of scale 2, number 4 of 6, at the centre of column 2 and row 1.
+    # The square anchor of scale 2, number 3 of 6, at the centre of column 2 and row 1.
     instances = InstanceData(
         bboxes=torch.tensor([[16.0, 0.0, 48.0, 32.0]]), labels=torch.tensor([2])
     )
@@ -87,7 +87,7 @@ def test_an_anchor_learns_the_class_of_its_object(sigmoid: bool) -> None:
     losses = head.loss_by_feat([scores], [boxes], [instances], [META])
     (losses["loss_cls"][0] + losses["loss_bbox"][0]).backward()
     gradient = scores.grad.view(6, head.cls_out_channels, 4, 5)
-    assert torch.equal((gradient[:, 2] < 0).nonzero(), torch.tensor([[4, 1, 2]]))
+    assert torch.equal((gradient[:, 2] < 0).nonzero(), torch.tensor([[3, 1, 2]]))
     assert not (gradient[:, :2] < 0).any() and not (gradient[:, 3:CLASSES] < 0).any()
     learned = gradient.abs().sum(1) > 0
     assert learned.sum() == 16  # of 120
@@ -100,11 +100,11 @@ def test_detections_of_several_classes() -> None:
     head = make_head()
     scores = torch.zeros(1, 6, CLASSES + 1, 4, 5)
     scores[:, :, CLASSES] = 9.0  # the background everywhere
-    scores[0, 4, 2, 1, 2] = 20.0
-    scores[0, 4, 3, 1, 2] = 20.0  # another class at the same place survives
-    scores[0, 1, 0, 3, 4] = 20.0
+    scores[0, 3, 2, 1, 2] = 20.0
+    scores[0, 3, 3, 1, 2] = 20.0  # another class at the same place survives
+    scores[0, 2, 0, 3, 4] = 20.0
     boxes = torch.zeros(1, 24, 4, 5)
-    boxes[0, 4 * 4, 1, 2] = 0.25  # dx of the first: 8 pixels
+    boxes[0, 4 * 3, 1, 2] = 0.25  # dx of the first: 8 pixels
     (result,) = head.predict_by_feat([scores.flatten(1, 2)], [boxes], batch_img_metas=[META])
     found = {
         (label, *box) for label, box in zip(result.labels.tolist(), result.bboxes.tolist())

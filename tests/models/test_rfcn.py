@@ -211,17 +211,19 @@ def test_wrong_options_are_named(options: dict, message: str) -> None:
 @pytest.mark.parametrize("pool", ["DeformPSRoIPool", "DeformPSRoIPoolPack"])
 @torch.no_grad()
 def test_coordinates_stay_precise_in_bf16(pool: str) -> None:
-    """At 1300 pixels bf16 knows every eighth."""
+    """At 1300 pixels bf16 knows every eighth only."""
     head = make_head(pool).float()
+    nn.init.constant_(head.fc_cls.conv.weight, 0.2)
+    nn.init.constant_(head.fc_reg.conv.weight, 0.2)
     features = torch.zeros(1, 5, 4, 340)
-    features[..., 320:] = torch.arange(20.0) / 8
+    features[..., 320:] = torch.arange(20.0)
     rois = torch.tensor([[0, 1301.0, 0.0, 1310.0, 9.0], [0, 1303.0, 0.0, 1313.0, 9.0]])
     precise = head(features, rois)
     with torch.autocast("cpu", torch.bfloat16):
         halves = head(features, rois)
     for got, expected in zip(halves, precise, strict=True):
-        torch.testing.assert_close(got.float(), expected, rtol=0.03, atol=0.05)
-        assert ((expected[0] - expected[1]).abs() > 0.2).any()
+        torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.1)
+        assert ((expected[0] - expected[1]).abs() > 0.3).all()
 
 
 # Hard examples
@@ -346,7 +348,7 @@ def detect(bbox_head: RFCNBBoxHead, proposals: Tensor) -> InstanceData:
     sample = DetDataSample(metainfo=META)
     with torch.no_grad():
         (result,) = head.predict(
-            [feature_map()[:1]], [InstanceData(bboxes=proposals)], [sample], rescale=False
+            [torch.zeros(1, 5, 16, 24).double()], [InstanceData(bboxes=proposals)], [sample], rescale=False
         )
     return result
 

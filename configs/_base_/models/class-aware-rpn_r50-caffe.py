@@ -1,7 +1,10 @@
 # The RPN of R-FCN as a detector of its own: it tells classes apart and reads the reduced c5.
 _base_ = "mmdet::_base_/models/faster-rcnn_r50-caffe-dc5.py"
 model = dict(
+    _delete_=True,
     type="SingleStageDetector",
+    data_preprocessor=_base_.model.data_preprocessor,
+    backbone=_base_.model.backbone,
     neck=dict(type="mmdeform.TopReduction", in_channels=2048, out_channels=1024),
     bbox_head=dict(
         type="mmdeform.ClassAwareRPNHead",
@@ -13,9 +16,8 @@ model = dict(
         ),
         loss_bbox=dict(type="SmoothL1Loss", beta=1 / 9),
     ),
-    train_cfg=dict(_delete_=True, **_base_.model.train_cfg.rpn),
+    train_cfg=_base_.model.train_cfg.rpn,
     test_cfg=dict(
-        _delete_=True,
         nms_pre=6000,
         score_thr=0.001,
         nms=dict(type="nms", iou_threshold=0.3),

@@ -29,8 +29,7 @@ class RFCNBBoxHead(BBoxHead):
     everywhere in mmdet; the authors' is the first. Class-agnostic boxes have 4 numbers; the
     authors' have 8, four of which, for the background, are not used.
 
-    Args: those of mmdet's ``BBoxHead`` (``num_classes``, ``reg_class_agnostic``, ``bbox_coder``,
-            losses), without those of its linear layers, and
+    Args: those of mmdet's ``BBoxHead``, without those of its linear layers and their pooling, and
         in_channels: Channels of the feature map.
         roi_layer: Config of the pooling: ``type`` is ``mmdeform.DeformPSRoIPool`` or
             ``mmdeform.DeformPSRoIPoolPack``; ``output_size`` and other options of the layer.
