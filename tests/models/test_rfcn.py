@@ -344,25 +344,23 @@ def detect(bbox_head: RFCNBBoxHead, proposals: Tensor) -> InstanceData:
             score_thr=0.05, nms=dict(type="nms", iou_threshold=0.3), max_per_img=10
         ),
     )
-    head.bbox_head = bbox_head
+    head.bbox_head = bbox_head.float()  # mmcv's NMS knows no other dtype
     sample = DetDataSample(metainfo=META)
     with torch.no_grad():
         (result,) = head.predict(
-            [torch.zeros(1, 5, 16, 24).double()], [InstanceData(bboxes=proposals)], [sample], rescale=False
+            [torch.zeros(1, 5, 16, 24)], [InstanceData(bboxes=proposals)], [sample], rescale=False
         )
     return result
 
 
-PROPOSALS = torch.tensor(
-    [[8.0, 8, 28, 28], [9, 8, 29, 28], [50, 20, 80, 60]], dtype=torch.float64
-)
+PROPOSALS = torch.tensor([[8.0, 8, 28, 28], [9, 8, 29, 28], [50, 20, 80, 60]])
 
 
 def test_detections_are_decoded_and_thinned_out() -> None:
     head = decided(make_head(), [0.0, 0.0, 9.0, 0.0], [1.0, 0.0, 0.0, 0.0])  # dx = 0.1 widths
     result = detect(head, PROPOSALS)
     assert result.labels.tolist() == [2, 2]
-    expected = torch.tensor([[10.0, 8, 30, 28], [53, 20, 83, 60]]).double()
+    expected = torch.tensor([[10.0, 8, 30, 28], [53, 20, 83, 60]])
     torch.testing.assert_close(result.bboxes, expected)
     likely = torch.tensor([0.0, 0, 9, 0]).softmax(0)[2].item()
     assert result.scores.tolist() == pytest.approx([likely] * 2, rel=1e-4)
@@ -379,7 +377,7 @@ def test_boxes_of_a_class_are_its_own() -> None:
     head = decided(make_head(agnostic=False), scores, [number for box in deltas for number in box])
     result = detect(head, PROPOSALS[2:])
     assert result.labels.tolist() == [1]
-    torch.testing.assert_close(result.bboxes, torch.tensor([[35.0, 20, 95, 60]]).double())
+    torch.testing.assert_close(result.bboxes, torch.tensor([[35.0, 20, 95, 60]]))
 
 
 def detector(pool: str, **bbox_head) -> RFCN:
