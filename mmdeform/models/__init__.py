@@ -11,11 +11,13 @@ from .transplant import Transplant
 __all__ = ["DAT", "FlashInternImage", "InternImage", "Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
-    from .dense_heads import RPNHead
-    from .detectors import DeformableDETR
+    from .dense_heads import ClassAwareRPNHead, RPNHead
+    from .detectors import RFCN, DeformableDETR
     from .necks import TopReduction
     from .roi_extractors import GenericRoIExtractor, SingleRoIExtractor
+    from .roi_heads import RFCNBBoxHead, RFCNRoIHead
 
     __all__ += [
-        "DeformableDETR", "GenericRoIExtractor", "RPNHead", "SingleRoIExtractor", "TopReduction",
+        "ClassAwareRPNHead", "DeformableDETR", "GenericRoIExtractor", "RFCN", "RFCNBBoxHead",
+        "RFCNRoIHead", "RPNHead", "SingleRoIExtractor", "TopReduction",
     ]  # fmt: skip

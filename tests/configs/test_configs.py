@@ -27,6 +27,7 @@ from mmdeform.layers import (
     DCNv4,
     DeformableAttention2d,
     DeformConv2dPack,
+    DeformPSRoIPoolPack,
     DeformRoIPool,
     DeformRoIPoolPack,
     ModulatedDeformConv2dPack,
@@ -58,6 +59,7 @@ LAYERS = {
     "mdconv": ModulatedDeformConv2dPack,
     "dpool": DeformRoIPoolPack,
     "mdpool": ModulatedDeformRoIPoolPack,
+    "dpspool": DeformPSRoIPoolPack,
     "dcnv3": DCNv3,
     "dcnv4": DCNv4,
     "dat": DeformableAttention2d,
@@ -97,12 +99,16 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
             counts[LAYERS[word]] += model.decoder.num_layers
         elif word in ("dpool", "mdpool"):
             counts[LAYERS[word]] = 4  # one per level of the pyramid
+        elif word == "dpspool":
+            counts[LAYERS[word]] = 2  # classes and boxes
         elif word == "dat":
             counts[LAYERS[word]] = 6 if "pp" in words else 4
         elif word in ("internimage", "flash"):
             counts[LAYERS[word]] = sum(model.backbone.depths)
         elif "r18" in words:  # the second convolution of each block of c4 and c5
             counts[LAYERS[word]] = 4
+        elif "c3" not in words:  # the 3x3 convolutions of c5
+            counts[LAYERS[word]] = 3
         else:  # the 3x3 convolutions of c3 to c5
             counts[LAYERS[word]] = 30 if {"r101", "x101"} & set(words) else 13
     return counts

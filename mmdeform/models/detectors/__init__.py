@@ -1,5 +1,6 @@
 """Detectors."""
 
 from .deformable_detr import DeformableDETR
+from .rfcn import RFCN
 
-__all__ = ["DeformableDETR"]
+__all__ = ["RFCN", "DeformableDETR"]
