@@ -12,10 +12,12 @@ __all__ = ["DAT", "Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
     from .dense_heads import RPNHead
-    from .detectors import DeformableDETR
+    from .detectors import DeformableDETR, FasterRCNN, MaskRCNN
     from .necks import TopReduction
     from .roi_extractors import GenericRoIExtractor, SingleRoIExtractor
+    from .roi_heads import MimickingRoIHead
 
     __all__ += [
-        "DeformableDETR", "GenericRoIExtractor", "RPNHead", "SingleRoIExtractor", "TopReduction",
+        "DeformableDETR", "FasterRCNN", "GenericRoIExtractor", "MaskRCNN", "MimickingRoIHead",
+        "RPNHead", "SingleRoIExtractor", "TopReduction",
     ]  # fmt: skip

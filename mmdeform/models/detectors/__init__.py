@@ -1,5 +1,6 @@
 """Detectors."""
 
 from .deformable_detr import DeformableDETR
+from .two_stage import FasterRCNN, MaskRCNN
 
-__all__ = ["DeformableDETR"]
+__all__ = ["DeformableDETR", "FasterRCNN", "MaskRCNN"]
