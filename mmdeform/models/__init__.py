@@ -12,12 +12,13 @@ __all__ = ["DAT", "FlashInternImage", "InternImage", "Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
     from .dense_heads import ClassAwareRPNHead, RPNHead
-    from .detectors import RFCN, DeformableDETR
+    from .detectors import RFCN, DeformableDETR, FasterRCNN, MaskRCNN
     from .necks import TopReduction
     from .roi_extractors import GenericRoIExtractor, SingleRoIExtractor
-    from .roi_heads import RFCNBBoxHead, RFCNRoIHead
+    from .roi_heads import MimickingRoIHead, RFCNBBoxHead, RFCNRoIHead
 
     __all__ += [
-        "ClassAwareRPNHead", "DeformableDETR", "GenericRoIExtractor", "RFCN", "RFCNBBoxHead",
-        "RFCNRoIHead", "RPNHead", "SingleRoIExtractor", "TopReduction",
+        "ClassAwareRPNHead", "DeformableDETR", "FasterRCNN", "GenericRoIExtractor", "MaskRCNN",
+        "MimickingRoIHead", "RFCN", "RFCNBBoxHead", "RFCNRoIHead", "RPNHead", "SingleRoIExtractor",
+        "TopReduction",
     ]  # fmt: skip

@@ -53,6 +53,8 @@ COUNTERPARTS = sorted(
 )
 TRANSFORMERS = [path for path in CONFIGS if path.parent.name in ("deformable_detr", "dino")]
 PAPER = [p for p in TRANSFORMERS if p.stem.startswith("deformable") and p.stem.endswith("_coco")]
+# Residual blocks of c2 to c5, each with one deformable convolution.
+BLOCKS = {"r18": (2, 2, 2, 2), "r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3), "x101": (3, 4, 23, 3)}
 # The class that a word in a config's name promises.
 LAYERS = {
     "dconv": DeformConv2dPack,
@@ -98,19 +100,18 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
             counts[encoder] += model.encoder.num_layers
             counts[LAYERS[word]] += model.decoder.num_layers
         elif word in ("dpool", "mdpool"):
-            counts[LAYERS[word]] = 4  # one per level of the pyramid
+            levels = 1 if "dc5" in words else 4
+            counts[LAYERS[word]] = levels * (2 if "mask" in words else 1)
         elif word == "dpspool":
             counts[LAYERS[word]] = 2  # classes and boxes
         elif word == "dat":
             counts[LAYERS[word]] = 6 if "pp" in words else 4
         elif word in ("internimage", "flash"):
             counts[LAYERS[word]] = sum(model.backbone.depths)
-        elif "r18" in words:  # the second convolution of each block of c4 and c5
-            counts[LAYERS[word]] = 4
-        elif "c3" not in words:  # the 3x3 convolutions of c5
-            counts[LAYERS[word]] = 3
-        else:  # the 3x3 convolutions of c3 to c5
-            counts[LAYERS[word]] = 30 if {"r101", "x101"} & set(words) else 13
+        else:
+            first = min(stage for stage in ("c3", "c4", "c5") if stage in words)
+            (depth,) = set(words) & set(BLOCKS)
+            counts[LAYERS[word]] = sum(BLOCKS[depth][int(first[1]) - 2 :])
     return counts
 
 
@@ -218,6 +219,9 @@ def without_operators(config: Config) -> dict:
     config.model.backbone.pop("dcn", None)
     config.model.backbone.pop("stage_with_dcn", None)
     config.model.roi_head.pop("bbox_roi_extractor")
+    if config.model.roi_head.pop("mimicking", None):
+        config.model.type = config.model.type.removeprefix("mmdeform.")
+        config.model.roi_head.type = "StandardRoIHead"
     config.optim_wrapper.pop("constructor", None)
     config.optim_wrapper.paramwise_cfg.pop("offset", None)
     return config.to_dict()
@@ -225,9 +229,9 @@ def without_operators(config: Config) -> dict:
 
 @pytest.mark.parametrize("path", [p for p in SMALL if "rcnn_r" in p.stem], ids=name_of)
 def test_twins_differ_in_their_operators_only(path: Path) -> None:
-    detector, backbone, _ = path.stem.split("_")
-    plain = ROOT / "configs" / "dcnv2" / f"{detector}_{backbone.split('-')[0]}_shapes.py"
-    ours, theirs = Config.fromfile(path), Config.fromfile(plain)
+    detector, backbone, *form = path.stem.split("_")
+    plain = "_".join([detector, backbone.split("-")[0], *form])
+    ours, theirs = Config.fromfile(path), Config.fromfile(ROOT / "configs/dcnv2" / f"{plain}.py")
     assert without_operators(ours) == without_operators(theirs)
 
 
