@@ -47,6 +47,7 @@ NAMES = {
     "DeformRoIPool": layers.DeformRoIPool,
     "DeformRoIPoolPack": layers.DeformRoIPoolPack,
     "DeformableAttention2d": layers.DeformableAttention2d,
+    "LN2d": layers.LN2d,
     "ModulatedDeformRoIPoolPack": layers.ModulatedDeformRoIPoolPack,
     "MultiScaleDeformableAttention": layers.MultiScaleDeformableAttention,
     "SingleLevelDeformableAttention": layers.SingleLevelDeformableAttention,
