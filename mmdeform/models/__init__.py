@@ -18,6 +18,6 @@ if importlib.util.find_spec("mmdet") is not None:
     from .roi_heads import RFCNBBoxHead, RFCNRoIHead
 
     __all__ += [
-        "ClassAwareRPNHead", "DeformableDETR", "GenericRoIExtractor", "RFCN", "RFCNBBoxHead",
+        "RFCN", "ClassAwareRPNHead", "DeformableDETR", "GenericRoIExtractor", "RFCNBBoxHead",
         "RFCNRoIHead", "RPNHead", "SingleRoIExtractor", "TopReduction",
     ]  # fmt: skip

@@ -96,7 +96,9 @@ def vote(maps: Tensor, roi: Tensor, shift: tuple[float, float] = (0.0, 0.0)) -> 
     return sum(bins) / len(bins)
 
 
-def expected_votes(conv: nn.Conv2d, features: Tensor, shift=lambda prediction: (0.0, 0.0)) -> Tensor:
+def expected_votes(
+    conv: nn.Conv2d, features: Tensor, shift=lambda prediction: (0.0, 0.0)
+) -> Tensor:
     weight, bias = conv.weight[:, :, 0, 0], conv.bias[:, None, None]
     maps = [torch.einsum("oc,chw->ohw", weight, image) + bias for image in features]
     count = conv.out_channels // CELLS**2
@@ -161,7 +163,9 @@ def test_all_numbers_of_a_box_move_together(agnostic: bool) -> None:
 
 
 def test_parameters_by_name() -> None:
-    convs = [f"{owner}.conv.{kind}" for owner in ("fc_cls", "fc_reg") for kind in ("weight", "bias")]
+    convs = [
+        f"{owner}.conv.{kind}" for owner in ("fc_cls", "fc_reg") for kind in ("weight", "bias")
+    ]
     rigid = make_head()
     assert list(rigid.state_dict()) == convs
     assert rigid.fc_cls.conv.weight.shape == (CELLS**2 * (CLASSES + 1), 5, 1, 1)
