@@ -18,7 +18,7 @@ if importlib.util.find_spec("mmdet") is not None:
     from .roi_heads import MimickingRoIHead, RFCNBBoxHead, RFCNRoIHead
 
     __all__ += [
-        "ClassAwareRPNHead", "DeformableDETR", "FasterRCNN", "GenericRoIExtractor", "MaskRCNN",
-        "MimickingRoIHead", "RFCN", "RFCNBBoxHead", "RFCNRoIHead", "RPNHead", "SingleRoIExtractor",
-        "TopReduction",
+        "RFCN", "ClassAwareRPNHead", "DeformableDETR", "FasterRCNN", "GenericRoIExtractor",
+        "MaskRCNN", "MimickingRoIHead", "RFCNBBoxHead", "RFCNRoIHead", "RPNHead",
+        "SingleRoIExtractor", "TopReduction",
     ]  # fmt: skip

@@ -107,7 +107,8 @@ def test_detections_of_several_classes() -> None:
     boxes[0, 4 * 3, 1, 2] = 0.25  # dx of the first: 8 pixels
     (result,) = head.predict_by_feat([scores.flatten(1, 2)], [boxes], batch_img_metas=[META])
     found = {
-        (label, *box) for label, box in zip(result.labels.tolist(), result.bboxes.tolist())
+        (label, *box)
+        for label, box in zip(result.labels.tolist(), result.bboxes.tolist(), strict=True)
     }
     assert found == {(2, 24, 0, 56, 32), (3, 24, 0, 56, 32), (0, 56, 40, 72, 56)}
     assert sorted(result.scores.tolist()) == pytest.approx([0.5, 0.5, 1.0], abs=1e-3)

@@ -96,7 +96,9 @@ def vote(maps: Tensor, roi: Tensor, shift: tuple[float, float] = (0.0, 0.0)) -> 
     return sum(bins) / len(bins)
 
 
-def expected_votes(conv: nn.Conv2d, features: Tensor, shift=lambda prediction: (0.0, 0.0)) -> Tensor:
+def expected_votes(
+    conv: nn.Conv2d, features: Tensor, shift=lambda prediction: (0.0, 0.0)
+) -> Tensor:
     weight, bias = conv.weight[:, :, 0, 0], conv.bias[:, None, None]
     maps = [torch.einsum("oc,chw->ohw", weight, image) + bias for image in features]
     count = conv.out_channels // CELLS**2
@@ -161,7 +163,9 @@ def test_all_numbers_of_a_box_move_together(agnostic: bool) -> None:
 
 
 def test_parameters_by_name() -> None:
-    convs = [f"{owner}.conv.{kind}" for owner in ("fc_cls", "fc_reg") for kind in ("weight", "bias")]
+    convs = [
+        f"{owner}.conv.{kind}" for owner in ("fc_cls", "fc_reg") for kind in ("weight", "bias")
+    ]
     rigid = make_head()
     assert list(rigid.state_dict()) == convs
     assert rigid.fc_cls.conv.weight.shape == (CELLS**2 * (CLASSES + 1), 5, 1, 1)
@@ -192,6 +196,9 @@ def test_options_reach_the_pooling() -> None:
         assert {name: getattr(branch.pool, name) for name in options} == options
         assert branch.pool.spatial_scale == 1 / STRIDE
         assert branch.pool.output_size == (CELLS, CELLS)
+    assert head.fc_cls.conv.out_channels == 2**2 * (CLASSES + 1)
+    scores, boxes = head(feature_map(), ROIS)
+    assert scores.shape == (4, CLASSES + 1) and boxes.shape == (4, 4)
     head = make_head("DeformPSRoIPoolPack", roi_layer=dict(offset_clamp=1.0))
     assert head.fc_cls.pool.offset_clamp == head.fc_reg.pool.offset_clamp == 1.0
 
@@ -230,8 +237,9 @@ def test_coordinates_stay_precise_in_bf16(pool: str) -> None:
 
 
 def examples(count: int, head: RFCNBBoxHead) -> tuple[Tensor, ...]:
-    """Predictions and targets of RoIs of two images, of both signs, in turn."""
-    rois = torch.cat([torch.arange(count)[:, None] % 2, torch.rand(count, 4)], 1).double()
+    """Predictions and targets of RoIs; every third is of image 0, the others of image 1."""
+    image = (torch.arange(count) % 3 > 0).double()
+    rois = torch.cat([image[:, None], torch.rand(count, 4).double()], 1)
     scores = (3 * torch.randn(count, CLASSES + 1).double()).requires_grad_()
     width = 4 if head.reg_class_agnostic else 4 * CLASSES
     boxes = torch.randn(count, width).double().requires_grad_()
@@ -265,7 +273,7 @@ def brute_force_losses(inputs: tuple[Tensor, ...], kept: int) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("agnostic", [True, False])
-@pytest.mark.parametrize(("count", "kept"), [(31, 5), (31, 1), (9, 4), (6, 128)])
+@pytest.mark.parametrize(("count", "kept"), [(31, 5), (31, 1), (9, 5), (6, 128)])
 def test_only_the_hardest_of_each_image_count(count: int, kept: int, agnostic: bool) -> None:
     head = make_head(agnostic=agnostic, ohem=kept)
     inputs = examples(count, head)
@@ -273,7 +281,8 @@ def test_only_the_hardest_of_each_image_count(count: int, kept: int, agnostic: b
     cls_loss, box_loss, chosen = brute_force_losses(inputs, kept)
     torch.testing.assert_close(losses["loss_cls"], cls_loss)
     torch.testing.assert_close(losses["loss_bbox"], box_loss)
-    assert len(chosen) == min(2 * kept, count)
+    of_first = (count + 2) // 3
+    assert len(chosen) == min(of_first, kept) + min(count - of_first, kept)
     gradients = torch.autograd.grad(losses["loss_cls"] + losses["loss_bbox"], inputs[:2])
     expected = torch.autograd.grad(cls_loss + box_loss, inputs[:2])
     torch.testing.assert_close(gradients, expected)

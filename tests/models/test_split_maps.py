@@ -12,9 +12,7 @@ from mmengine.registry import init_default_scope
 from mmdeform.models import RPNHead, SingleRoIExtractor, TopReduction
 
 ANCHORS = dict(type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0], strides=[16])
-EXTRACTOR = dict(
-    roi_layer=dict(type="RoIAlign", output_size=3, sampling_ratio=2), out_channels=5
-)
+EXTRACTOR = dict(roi_layer=dict(type="RoIAlign", output_size=3, sampling_ratio=2), out_channels=5)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +71,7 @@ def test_extractor_reads_the_maps_it_is_told(indices: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("indices", [(0, 1), (-1,), ()])
 def test_extractor_has_a_map_for_each_stride(indices: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="in_indices: expected an index .* got"):
+    with pytest.raises(ValueError, match=r"in_indices: expected an index .* got"):
         SingleRoIExtractor(featmap_strides=[16], in_indices=indices, **EXTRACTOR)
 
 

@@ -1,5 +1,5 @@
-# R-FCN of the authors of deformable convolution: c5 with a dilation of 2 and the stride of c4, reduced
-# to 1024 channels; the RPN reads c4. No RoI is left out by a sampler: hard examples are mined.
+# R-FCN of the authors of deformable convolution: c5 with a dilation of 2 and the stride of c4,
+# reduced to 1024 channels; the RPN reads c4. The sampler keeps all RoIs: hard examples are mined.
 _base_ = "mmdet::_base_/models/faster-rcnn_r50-caffe-dc5.py"
 model = dict(
     type="mmdeform.RFCN",

@@ -1,5 +1,5 @@
-# Sixteen epochs, the authors' eight of images and mirror images, for eight images in a batch: 0.0005
-# for each. The authors' rate drops after two thirds, 10.67; here it does at the end of the eleventh.
+# Sixteen epochs, the authors' eight of images and mirror images, for eight images in a batch:
+# 0.0005 for each. The authors' rate drops after two thirds of the epochs, here after the eleventh.
 _base_ = "./sgd_7e_voc0712.py"
 train_cfg = dict(max_epochs=16)
 optim_wrapper = dict(optimizer=dict(lr=0.004))

@@ -23,9 +23,9 @@ __all__ = ["RFCNBBoxHead"]
 class RFCNBBoxHead(BBoxHead):
     """mmdet's box head on score maps: nothing is computed per RoI but its pooling.
 
-    Scores and boxes are :class:`PositionSensitiveVote`, in the places of mmdet's linear layers. With
-    ``mmdeform.DeformPSRoIPoolPack`` each class, background included, moves its bins by offsets of
-    its own, and all numbers of a box by common ones. The background is the last class, as
+    Scores and boxes are :class:`PositionSensitiveVote`, in the places of mmdet's linear layers.
+    With ``mmdeform.DeformPSRoIPoolPack`` each class, the background too, moves its bins by offsets
+    of its own, and all numbers of a box move theirs together. The background is the last class, as
     everywhere in mmdet; the authors' is the first. Class-agnostic boxes have 4 numbers; the
     authors' have 8, four of which, for the background, are not used.
 
