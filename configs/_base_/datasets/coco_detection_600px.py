@@ -1,21 +1,8 @@
-# Shorter sides of 600 pixels, longer ones of 1000 at most.
+# Shorter sides of 600 pixels, longer ones of 1000 at most, one image per GPU.
 _base_ = "mmdet::_base_/datasets/coco_detection.py"
-train_pipeline = [
-    dict(type="LoadImageFromFile", backend_args=_base_.backend_args),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="Resize", scale=(1000, 600), keep_ratio=True),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PackDetInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile", backend_args=_base_.backend_args),
-    dict(type="Resize", scale=(1000, 600), keep_ratio=True),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(
-        type="PackDetInputs",
-        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
-    ),
-]
+resize = dict(type="Resize", scale=(1000, 600), keep_ratio=True)
+train_pipeline = [resize if step.type == "Resize" else step for step in _base_.train_pipeline]
+test_pipeline = [resize if step.type == "Resize" else step for step in _base_.test_pipeline]
 train_dataloader = dict(batch_size=1, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
