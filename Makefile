@@ -39,9 +39,12 @@ build: install
 demo: build
 	$(BIN)/python tools/demo.py
 
-# Threads that wait by spinning would slow each other down where cores are shared.
+# Threads that wait by spinning would slow each other down where cores are shared. Two processes:
+# much of the suite is Python; each takes whole files, whose fixtures are costly.
+PARALLEL ?= -n 2 --dist loadfile
+
 test: build
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PARALLEL) tests
 
 # The same detectors on the maintained forks of mmengine, mmcv and mmdet, in a second environment.
 # What needs torch alone is left to `make test`.
@@ -50,7 +53,7 @@ FORK_TESTS := tests/accelerate tests/configs tests/engine tests/families tests/l
 
 test-forks: $(FORKS)/.installed
 	$(FORKS)/bin/python setup.py --quiet build_ext --inplace
-	OMP_WAIT_POLICY=PASSIVE $(FORKS)/bin/python -m pytest $(wildcard $(FORK_TESTS))
+	OMP_WAIT_POLICY=PASSIVE $(FORKS)/bin/python -m pytest $(PARALLEL) $(wildcard $(FORK_TESTS))
 
 $(FORKS)/.installed: requirements-forks.txt pyproject.toml
 	test -x $(FORKS)/bin/python || $(PYTHON) -m venv $(FORKS)

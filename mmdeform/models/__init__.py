@@ -11,7 +11,11 @@ from .transplant import Transplant
 __all__ = ["DAT", "FlashInternImage", "InternImage", "Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
+    from .dense_heads import RPNHead
     from .detectors import DeformableDETR
+    from .necks import TopReduction
     from .roi_extractors import GenericRoIExtractor, SingleRoIExtractor
 
-    __all__ += ["DeformableDETR", "GenericRoIExtractor", "SingleRoIExtractor"]
+    __all__ += [
+        "DeformableDETR", "GenericRoIExtractor", "RPNHead", "SingleRoIExtractor", "TopReduction",
+    ]  # fmt: skip

@@ -1,0 +1,5 @@
+"""Heads that predict on whole feature maps."""
+
+from .rpn_head import RPNHead
+
+__all__ = ["RPNHead"]

@@ -1,0 +1,5 @@
+"""Necks."""
+
+from .top_reduction import TopReduction
+
+__all__ = ["TopReduction"]
