@@ -155,7 +155,7 @@ def test_custom_keys_multiply_and_the_longest_counts() -> None:
     model = Detector(Steps())
     keys = {
         "backbone": dict(lr_mult=0.1),
-        "layers.1": dict(decay_mult=0.2),
+        "backbone.layers.1": dict(decay_mult=0.2),
         "head": dict(decay_mult=3.0, lr_mult=2.0),
     }
     check(
@@ -163,8 +163,8 @@ def test_custom_keys_multiply_and_the_longest_counts() -> None:
         {
             "backbone.layers.0.weight": (0.0125, 0.5),
             "backbone.layers.0.bias": (0.0125, 0.0),
-            "backbone.layers.1.weight": (0.025, 0.5),
-            "backbone.layers.1.bias": (0.025, 0.0),
+            "backbone.layers.1.weight": (0.25, 0.1),
+            "backbone.layers.1.bias": (0.25, 0.0),
             "backbone.layers.2.weight": (0.05, 0.5),
             "backbone.layers.2.bias": (0.05, 0.0),
             "head.weight": (2.0, 1.5),
@@ -288,10 +288,11 @@ def test_errors_say_what_was_expected(options: dict, message: str) -> None:
         build(Detector(Steps()), **options)
 
 
-def test_a_model_without_known_layers_is_an_error() -> None:
-    message = "expected a backbone with a method get_layer_depth, got Detector of backbone"
+@pytest.mark.parametrize("cls", [Detector, Classifier])
+def test_a_model_without_known_layers_is_an_error(cls: type[Detector]) -> None:
+    message = f"expected a backbone with a method get_layer_depth, got {cls.__name__} of backbone"
     with pytest.raises(ValueError, match=rf"{message} \(Linear\), head \(Linear\)"):
-        build(Detector(nn.Linear(2, 2)), decay_rate=0.9, decay_type="layer_wise")
+        build(cls(nn.Linear(2, 2)), decay_rate=0.9, decay_type="layer_wise")
 
 
 def test_an_optimizer_without_a_rate_is_an_error() -> None:

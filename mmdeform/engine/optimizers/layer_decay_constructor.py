@@ -31,7 +31,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     A backbone tells its layers by a method ``get_layer_depth(param_name, prefix)``, which returns
     the layer of a parameter, 0 for the stem, and the number of layers; the last of these is what
     stands behind the backbone. ``param_name`` starts with ``prefix``, the backbone's name in the
-    model and a dot. This is mmpretrain's convention: its backbones have the method as well.
+    model and a dot. This is mmpretrain's convention, whose backbones will do as well.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper, with ``optimizer`` and its ``lr``.
@@ -66,7 +66,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise ValueError("optim_wrapper.optimizer.lr: expected a learning rate, got None")
         self.decay_rate = self.paramwise_cfg["decay_rate"]
-        self.custom_keys = self.paramwise_cfg.get("custom_keys", {})
+        keys = self.paramwise_cfg.get("custom_keys", {})
+        self.custom_keys = {key: keys[key] for key in sorted(keys, key=len, reverse=True)}
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
         """Appends groups of the parameters that have learning rate and weight decay in common.
@@ -85,9 +86,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             if not parameter.requires_grad:
                 continue
             steps = _steps_from_the_end(name, backbones)
-            custom = self.custom_keys.get(
-                max((key for key in self.custom_keys if key in name), key=len, default=""), {}
-            )
+            custom = next((self.custom_keys[key] for key in self.custom_keys if key in name), {})
             lr = self.base_lr * self.decay_rate**steps * custom.get("lr_mult", 1.0)
             decay = self.base_wd
             if decay is not None:
@@ -134,7 +133,7 @@ def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
     found = {
         f"{name}.": module
         for name, module in model.named_modules()
-        if name and hasattr(module, "get_layer_depth")  # of the model itself it is mmpretrain's own
+        if name and hasattr(module, "get_layer_depth")  # mmpretrain's classifiers only pass it on
     }
     if not found:
         parts = ", ".join(f"{name} ({type(m).__name__})" for name, m in model.named_children())
