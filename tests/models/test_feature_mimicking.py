@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ def mmdet_scope() -> None:
 def config(
     kind: str = "faster", fpn: bool = False, roi_layer: dict | None = None, **mimicking: Any
 ) -> dict:
-    """The small detectors of the configs on a ResNet-18 of few channels; plain ones without options."""
+    """The small detectors of the configs on a thin ResNet-18; without options plain ones."""
     cfg = Config.fromfile(BASES / f"{kind}-rcnn_r50{'' if fpn else '-dc5'}-small.py").model
     cfg.backbone.update(depth=18, base_channels=8, stem_channels=8)
     if fpn:
@@ -73,9 +72,8 @@ def detector(*args: Any, crop_size: int = 40, seed: int = 0, **kwargs: Any) -> n
     torch.manual_seed(seed)
     model = MODELS.build(config(*args, crop_size=crop_size, **kwargs))
     model.init_weights()
-    for name, parameter in model.named_parameters():
-        # What starts as zero, such as offsets, would hide mistakes.
-        if not parameter.any():
+    for parameter in model.parameters():
+        if not parameter.any():  # what starts as zero, such as offsets, would hide mistakes
             nn.init.normal_(parameter, std=0.05)
     return model
 
@@ -229,7 +227,7 @@ def test_losses_by_hand(variant: dict) -> None:
     feats, crop_feats = torch.cat(feats), torch.cat(crop_feats)
 
     cosine = (feats * crop_feats).sum(1) / (feats.norm(dim=1) * crop_feats.norm(dim=1))
-    assert 5 <= len(boxes) and 0 < cosine.min() and cosine.max() < 0.999
+    assert len(boxes) >= 5 and cosine.min() > 0 and cosine.max() < 0.999
     classifier = head.mimicking.fc_cls
     scores = (crop_feats @ classifier.weight.T + classifier.bias).exp()
     chances = scores[range(len(labels)), labels] / scores.sum(1)
@@ -416,6 +414,17 @@ def test_labels_belong_to_their_proposals() -> None:
     assert len({1, 4} & set(calls[0][2].tolist())) == 2
 
 
+def head_losses(
+    model: nn.Module, maps: list[Tensor], images: Tensor, data: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Losses of the RoI head alone; ground truth is what is positive."""
+    torch.manual_seed(0)
+    samples = copy.deepcopy(data["data_samples"])
+    proposals = [InstanceData(bboxes=torch.tensor([[0.0, 0, 4, 4]])) for _ in samples]
+    with model.roi_head.watching(model, images, samples):
+        return model.roi_head.loss(maps, proposals, samples)
+
+
 def test_padding_is_not_read() -> None:
     model = detector(num_proposals=100)
     data = batch(model)
@@ -427,15 +436,9 @@ def test_padding_is_not_read() -> None:
         # Boxes up to the border of the image and beyond.
         sample.gt_instances.bboxes[0] = torch.tensor([10.0, 10, width + 9, height + 9])
     maps = model.extract_feat(data["inputs"])
-    losses = []
-    for images in (data["inputs"], dirty):
-        torch.manual_seed(0)
-        proposals = [InstanceData(bboxes=torch.rand(5, 4)) for _ in range(2)]
-        samples = copy.deepcopy(data["data_samples"])
-        with model.roi_head.watching(model, images, samples):
-            losses.append(model.roi_head.loss(maps, proposals, samples))
+    clean, unclean = (head_losses(model, maps, images, data) for images in (data["inputs"], dirty))
     for name in LOSSES:
-        assert torch.equal(losses[0][name], losses[1][name]) and losses[0][name] > 0
+        assert torch.equal(clean[name], unclean[name]) and clean[name] > 0
 
 
 # Inference and state dicts.
@@ -487,7 +490,7 @@ def test_state_dicts_load_strictly(training: bool) -> None:
     assert torch.equal(mimicking.fc_cls.bias, source.roi_head.mimicking.fc_cls.bias)
     half = source.state_dict()
     del half["roi_head.mimicking.fc_cls.bias"]
-    with pytest.raises(RuntimeError, match="Missing key.*mimicking.fc_cls.bias"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*mimicking\.fc_cls\.bias"):
         model.load_state_dict(half, strict=True)
 
 
@@ -524,7 +527,7 @@ def train(work_dir: Path, epochs: int, resume: bool = False) -> nn.Module:
         batch_size=1,
         # Copies: mmdet writes into the samples.
         collate_fn=lambda items: dict(
-            zip(("inputs", "data_samples"), copy.deepcopy(list(zip(*items))), strict=True)
+            zip(("inputs", "data_samples"), copy.deepcopy([*zip(*items, strict=True)]), strict=True)
         ),
     )
     with patch("mmengine.runner.runner.collect_env", return_value={}):  # it takes a second
@@ -553,36 +556,29 @@ def test_interrupted_training_loses_nothing(tmp_path: Path) -> None:
     trained = train(tmp_path / "whole", 2)
     train(tmp_path / "interrupted", 1)
     train(tmp_path / "interrupted", 2, resume=True)
-    first = torch.load(tmp_path / "interrupted/epoch_1.pth", weights_only=False)
-    ours, theirs = (
-        torch.load(tmp_path / name / "epoch_2.pth", weights_only=False)
-        for name in ("interrupted", "whole")
+    names = ["whole/epoch_2", "interrupted/epoch_2", "whole/epoch_1", "whole/best_score_epoch_1"]
+    whole, resumed, first, best = (
+        torch.load(tmp_path / f"{name}.pth", weights_only=False) for name in names
     )
-    plain = set(plain_twin(detector()).state_dict())
-    assert set(theirs["state_dict"]) == plain | CLASSIFIER
     for kind in ("state_dict", "ema_state_dict"):
-        assert set(ours[kind]) == set(theirs[kind])
-        for name, value in theirs[kind].items():
-            assert torch.equal(ours[kind][name], value), name
-    for name in CLASSIFIER:
-        assert not torch.equal(first["state_dict"][name], theirs["state_dict"][name])
-    momenta = [checkpoint["optimizer"]["state"] for checkpoint in (ours, theirs)]
-    assert len(momenta[0]) == len(momenta[1]) == len(list(detector().parameters()))
-    for index, state in momenta[1].items():
-        assert torch.equal(momenta[0][index]["momentum_buffer"], state["momentum_buffer"])
+        assert set(resumed[kind]) == set(whole[kind])
+        for name, value in whole[kind].items():
+            assert torch.equal(resumed[kind][name], value), name
+    for name in CLASSIFIER:  # has learned in the second epoch
+        assert not torch.equal(first["state_dict"][name], whole["state_dict"][name])
+    states = [checkpoint["optimizer"]["state"] for checkpoint in (resumed, whole)]
+    assert len(states[0]) == len(states[1]) == len(list(trained.parameters()))
+    for index, state in states[1].items():
+        assert torch.equal(states[0][index]["momentum_buffer"], state["momentum_buffer"])
 
-    # Both are saved after validation, in evaluation mode, the epoch's a second time.
-    best = tmp_path / "whole/best_score_epoch_1.pth"
-    first, best_state = (
-        torch.load(path, weights_only=False)["state_dict"]
-        for path in (tmp_path / "interrupted/epoch_1.pth", best)
-    )
-    assert set(first) == set(best_state) == plain | CLASSIFIER
+    # What has the best score is saved in evaluation mode, and its epoch's checkpoint once more.
     twin = MODELS.build(config())
-    for path, state in ((best, best_state), (tmp_path / "whole/epoch_2.pth", theirs["state_dict"])):
-        load_checkpoint(twin, str(path))
-        for name, value in twin.state_dict().items():
-            assert torch.equal(value, state[name]), name
+    plain = set(twin.state_dict())
+    for name, checkpoint in zip(names, (whole, resumed, first, best), strict=True):
+        assert set(checkpoint["state_dict"]) == plain | CLASSIFIER
+        load_checkpoint(twin, str(tmp_path / f"{name}.pth"))
+        for key, value in twin.state_dict().items():
+            assert torch.equal(value, checkpoint["state_dict"][key]), key
     assert set(trained.eval().state_dict()) == plain
 
 
@@ -593,7 +589,7 @@ def test_plain_detector_is_refused() -> None:
     cfg = config(crop_size=24)
     cfg.type = "FasterRCNN"
     model = MODELS.build(cfg)
-    with pytest.raises(RuntimeError, match="type mmdeform.FasterRCNN or mmdeform.MaskRCNN"):
+    with pytest.raises(RuntimeError, match=r"type mmdeform\.FasterRCNN or mmdeform\.MaskRCNN"):
         losses_of(model, batch(model))
 
 
@@ -611,7 +607,7 @@ def test_detector_without_mimicking_is_mmdets(kind: str) -> None:
 def test_head_needs_shared_layers() -> None:
     cfg = config(crop_size=24)
     cfg.roi_head.bbox_head.update(type="ConvFCBBoxHead", num_cls_fcs=1)
-    with pytest.raises(ValueError, match="shared fully connected layers .* got ConvFCBBoxHead"):
+    with pytest.raises(ValueError, match=r"shared fully connected layers .* got ConvFCBBoxHead"):
         MODELS.build(cfg)
 
 
@@ -627,9 +623,11 @@ def test_nothing_is_left_behind() -> None:
     data = batch(model)
     hooks = [len(module._forward_hooks) for module in model.modules()]
     losses_of(model, data)
-    with patch.object(FeatureMimicking, "forward", side_effect=ArithmeticError):
-        with pytest.raises(ArithmeticError):
-            losses_of(model, data)
+    with (
+        patch.object(FeatureMimicking, "forward", side_effect=ArithmeticError),
+        pytest.raises(ArithmeticError),
+    ):
+        losses_of(model, data)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     names = [name for name, _ in model.named_modules()]
@@ -641,12 +639,14 @@ def test_nothing_is_left_behind() -> None:
 def test_mixed_precision() -> None:
     model = detector(roi_layer=MDPOOL, num_proposals=100)
     data = batch(model)
-    exact = losses_of(model, data)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = losses_of(model, data)
+    losses = []
+    for enabled in (False, True):  # without the RPN, whose NMS does not know bf16
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            maps = model.extract_feat(data["inputs"])
+            losses.append(head_losses(model, maps, data["inputs"], data))
     for name in LOSSES:
-        assert losses[name].dtype == torch.float32
-        torch.testing.assert_close(losses[name], exact[name], rtol=0.5, atol=0.0)
-    model.parse_losses(losses)[0].backward()
-    gradients = itertools.chain.from_iterable(p.grad.flatten() for p in model.parameters())
-    assert all(g.isfinite() for g in itertools.islice(gradients, 1000))
+        assert losses[1][name].dtype == torch.float32
+        torch.testing.assert_close(losses[1][name], losses[0][name], rtol=0.05, atol=0.0)
+    sum(losses[1][name] for name in LOSSES).backward()
+    for parameter in model.roi_head.mimicking.parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any()

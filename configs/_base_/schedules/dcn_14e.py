@@ -1,4 +1,4 @@
-# Deformable ConvNets v1, of the authors' code: 7 epochs over every image and its mirror image, a
+# Deformable ConvNets v1, as in the authors' code: 7 epochs over every image and its mirror image, a
 # rate of 0.0005 for each image of a batch. It drops after 2/3, here after a whole epoch.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=14, val_interval=1)
 val_cfg = dict(type="ValLoop")

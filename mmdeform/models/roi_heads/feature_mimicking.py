@@ -32,7 +32,7 @@ class FeatureMimicking(BaseModule):
         crop_size: Height and width of the crops. Default: 224, as in the paper.
         loss_cls: Config of the loss of the classifier. Default: cross-entropy with weight 0.1.
         loss_weight: Weight of the loss between the features. Default: 0.1, as in the paper.
-        init_cfg: Of mmengine. Default: normal with standard deviation 0.01, like mmdet's classifier.
+        init_cfg: Of mmengine. Default: normal with standard deviation 0.01, as mmdet's.
     """
 
     def __init__(
