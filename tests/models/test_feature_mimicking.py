@@ -541,7 +541,9 @@ def train(work_dir: Path, epochs: int, resume: bool = False) -> nn.Module:
             val_evaluator=[Score()],
             optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9)),
             default_hooks=dict(
-                checkpoint=dict(type="CheckpointHook", save_best="score", rule="greater")
+                checkpoint=dict(
+                    type="CheckpointHook", interval=1, save_best="score", rule="greater"
+                )
             ),
             custom_hooks=[SeedEpochs(), dict(type="EMAHook", momentum=0.5)],
             resume=resume,

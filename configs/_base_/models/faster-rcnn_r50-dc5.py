@@ -1,5 +1,5 @@
 # Faster R-CNN of the deformable papers: no pyramid, stride 16 and dilation in c5, the RPN on c4,
-# and 256 channels of c5 for RoIAlign and two fully connected layers. The backbone is Detectron's.
+# RoIAlign on 256 channels of c5 and two fully connected layers. The backbone is Detectron's.
 _base_ = "mmdet::_base_/models/faster-rcnn_r50-caffe-dc5.py"
 model = dict(
     backbone=dict(out_indices=(2, 3)),

@@ -89,9 +89,7 @@ class FeatureMimicking(BaseModule):
         cosine = F.cosine_similarity(_at_least_fp32(detector_feats), _at_least_fp32(crop_feats))
         return dict(
             loss_mimic=self.loss_weight * (1 - cosine).sum() / num_images,
-            loss_rcnn_cls=self.loss_cls(
-                self.fc_cls(crop_feats), labels, avg_factor=max(len(labels), 1)
-            ),
+            loss_rcnn_cls=self.loss_cls(self.fc_cls(crop_feats), labels, avg_factor=len(labels)),
         )
 
 
