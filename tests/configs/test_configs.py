@@ -54,6 +54,13 @@ COUNTERPARTS = sorted(
 TRANSFORMERS = [path for path in CONFIGS if path.parent.name in ("deformable_detr", "dino")]
 WITHOUT_PYRAMID = [p for p in CONFIGS if "_dc5_" in p.stem and p not in SMALL]
 PAPER = [p for p in TRANSFORMERS if p.stem.startswith("deformable") and p.stem.endswith("_coco")]
+# Millions of parameters of each config in the table of models.
+PARAMETERS = dict(
+    re.findall(
+        r"\]\(\.\./(configs/\S+)\) \| [^|]+ \| [^|]+ \| ([\d.]+|-) \|",
+        (ROOT / "docs" / "models.md").read_text(),
+    )
+)
 # Residual blocks of c2 to c5, each with one deformable convolution.
 BLOCKS = {"r18": (2, 2, 2, 2), "r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3), "x101": (3, 4, 23, 3)}
 # The class that a word in a config's name promises.
@@ -164,6 +171,8 @@ def test_config_builds(path: Path) -> None:
     assert cfg.default_scope == "mmdet"
     assert Config.fromstring(cfg.pretty_text, ".py").to_dict() == cfg.to_dict()
     assert Counter(map(type, layers_of(model))) == expected_layers(path, cfg.model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert PARAMETERS[path.relative_to(ROOT).as_posix()] == f"{count / 1e6:.1f}"
 
 
 @pytest.mark.parametrize("path", COUNTERPARTS, ids=name_of)

@@ -24,7 +24,7 @@ def tool() -> ModuleType:
 
 
 def test_table_agrees_with_the_metafiles(tool: ModuleType) -> None:
-    counts = iter(re.findall(r" \\| ([\\d.]+|-) \\| [^|]+ \\|$", "\n".join(TABLE), re.M))
+    counts = iter(re.findall(r" \| ([\d.]+|-) \| [^|]+ \|$", "\n".join(TABLE), re.M))
     assert list(tool.lines(lambda _: next(counts))) == TABLE
     assert next(counts, None) is None
 
