@@ -18,6 +18,7 @@ import yaml
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.utils import import_modules_from_strings
 
 import mmdeform
 
@@ -46,6 +47,7 @@ def count_parameters(path: Path) -> str:
     cfg = Config.fromfile(path, import_custom_modules=False)
     if cfg.default_scope != "mmdet":
         return "-"  # classifiers are built by mmpretrain, which is not among the requirements
+    import_modules_from_strings(**cfg.custom_imports)
     init_default_scope(cfg.default_scope)
     # Swin reads the values of its linspace.
     linspace = functools.partial(torch.linspace, device="cpu")

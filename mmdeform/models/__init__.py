@@ -11,11 +11,14 @@ from .transplant import Transplant
 __all__ = ["DAT", "FlashInternImage", "InternImage", "Transplant"]
 
 if importlib.util.find_spec("mmdet") is not None:
-    from .dense_heads import RPNHead
-    from .detectors import DeformableDETR
+    from .dense_heads import ClassAwareRPNHead, RPNHead
+    from .detectors import RFCN, DeformableDETR, FasterRCNN, MaskRCNN
     from .necks import TopReduction
     from .roi_extractors import GenericRoIExtractor, SingleRoIExtractor
+    from .roi_heads import MimickingRoIHead, RFCNBBoxHead, RFCNRoIHead
 
     __all__ += [
-        "DeformableDETR", "GenericRoIExtractor", "RPNHead", "SingleRoIExtractor", "TopReduction",
+        "RFCN", "ClassAwareRPNHead", "DeformableDETR", "FasterRCNN", "GenericRoIExtractor",
+        "MaskRCNN", "MimickingRoIHead", "RFCNBBoxHead", "RFCNRoIHead", "RPNHead",
+        "SingleRoIExtractor", "TopReduction",
     ]  # fmt: skip

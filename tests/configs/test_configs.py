@@ -27,6 +27,7 @@ from mmdeform.layers import (
     DCNv4,
     DeformableAttention2d,
     DeformConv2dPack,
+    DeformPSRoIPoolPack,
     DeformRoIPool,
     DeformRoIPoolPack,
     ModulatedDeformConv2dPack,
@@ -51,13 +52,17 @@ COUNTERPARTS = sorted(
     for path in MMDET_CONFIGS.glob(f"{name}/*.py")
 )
 TRANSFORMERS = [path for path in CONFIGS if path.parent.name in ("deformable_detr", "dino")]
+WITHOUT_PYRAMID = [p for p in CONFIGS if "_dc5_" in p.stem and p not in SMALL]
 PAPER = [p for p in TRANSFORMERS if p.stem.startswith("deformable") and p.stem.endswith("_coco")]
+# Residual blocks of c2 to c5, each with one deformable convolution.
+BLOCKS = {"r18": (2, 2, 2, 2), "r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3), "x101": (3, 4, 23, 3)}
 # The class that a word in a config's name promises.
 LAYERS = {
     "dconv": DeformConv2dPack,
     "mdconv": ModulatedDeformConv2dPack,
     "dpool": DeformRoIPoolPack,
     "mdpool": ModulatedDeformRoIPoolPack,
+    "dpspool": DeformPSRoIPoolPack,
     "dcnv3": DCNv3,
     "dcnv4": DCNv4,
     "dat": DeformableAttention2d,
@@ -96,15 +101,18 @@ def expected_layers(path: Path, model: ConfigDict) -> dict[type, int]:
             counts[encoder] += model.encoder.num_layers
             counts[LAYERS[word]] += model.decoder.num_layers
         elif word in ("dpool", "mdpool"):
-            counts[LAYERS[word]] = 4  # one per level of the pyramid
+            levels = 1 if "dc5" in words else 4
+            counts[LAYERS[word]] = levels * (2 if "mask" in words else 1)
+        elif word == "dpspool":
+            counts[LAYERS[word]] = 2  # classes and boxes
         elif word == "dat":
             counts[LAYERS[word]] = 6 if "pp" in words else 4
         elif word in ("internimage", "flash"):
             counts[LAYERS[word]] = sum(model.backbone.depths)
-        elif "r18" in words:  # the second convolution of each block of c4 and c5
-            counts[LAYERS[word]] = 4
-        else:  # the 3x3 convolutions of c3 to c5
-            counts[LAYERS[word]] = 30 if {"r101", "x101"} & set(words) else 13
+        else:
+            first = min(stage for stage in ("c3", "c4", "c5") if stage in words)
+            (depth,) = set(words) & set(BLOCKS)
+            counts[LAYERS[word]] = sum(BLOCKS[depth][int(first[1]) - 2 :])
     return counts
 
 
@@ -212,6 +220,9 @@ def without_operators(config: Config) -> dict:
     config.model.backbone.pop("dcn", None)
     config.model.backbone.pop("stage_with_dcn", None)
     config.model.roi_head.pop("bbox_roi_extractor")
+    if config.model.roi_head.pop("mimicking", None):
+        config.model.type = config.model.type.removeprefix("mmdeform.")
+        config.model.roi_head.type = "StandardRoIHead"
     config.optim_wrapper.pop("constructor", None)
     config.optim_wrapper.paramwise_cfg.pop("offset", None)
     return config.to_dict()
@@ -219,9 +230,9 @@ def without_operators(config: Config) -> dict:
 
 @pytest.mark.parametrize("path", [p for p in SMALL if "rcnn_r" in p.stem], ids=name_of)
 def test_twins_differ_in_their_operators_only(path: Path) -> None:
-    detector, backbone, _ = path.stem.split("_")
-    plain = ROOT / "configs" / "dcnv2" / f"{detector}_{backbone.split('-')[0]}_shapes.py"
-    ours, theirs = Config.fromfile(path), Config.fromfile(plain)
+    detector, backbone, *form = path.stem.split("_")
+    plain = "_".join([detector, backbone.split("-")[0], *form])
+    ours, theirs = Config.fromfile(path), Config.fromfile(ROOT / "configs/dcnv2" / f"{plain}.py")
     assert without_operators(ours) == without_operators(theirs)
 
 
@@ -231,6 +242,9 @@ def test_twins_differ_in_their_operators_only(path: Path) -> None:
         ("dcnv2/mask-rcnn_r50-mdconv-c3-c5_shapes", "conv_offset", 0.1),
         ("dcn/faster-rcnn_r50-dpool_shapes", "offset_fc", 0.01),
         ("dcnv2/faster-rcnn_r50-mdpool-paper_shapes", "offset_fc", 1.0),
+        ("dcn/faster-rcnn_r50-dconv-c5-dpool_dc5_14e-600px_voc0712", "offset_fc", 0.01),
+        ("dcnv2/faster-rcnn_r50-dconv-c3-c5-dpool_dc5_16e-1000px_coco", "offset_fc", 0.01),
+        ("dcnv2/mask-rcnn_r50-mdconv-c3-c5-mdpool-mimic_dc5_16e-1000px_coco", "conv_offset", 0.1),
     ],
 )
 def test_offsets_learn_at_the_rates_of_the_papers(name: str, key: str, multiplier: float) -> None:
@@ -240,6 +254,75 @@ def test_offsets_learn_at_the_rates_of_the_papers(name: str, key: str, multiplie
     for parameter_name, parameter in model.named_parameters():
         expected = cfg.optim_wrapper.optimizer.lr * (multiplier if key in parameter_name else 1)
         assert rates[id(parameter)] == pytest.approx(expected), parameter_name
+
+
+@pytest.mark.parametrize("path", WITHOUT_PYRAMID, ids=name_of)
+def test_detectors_without_a_pyramid_have_the_settings_of_the_papers(path: Path) -> None:
+    cfg, model = built_on_meta(path)
+    words, second, voc = (
+        set(re.split("[-_]", path.stem)),
+        path.parent.name == "dcnv2",
+        "voc" in path.stem,
+    )
+    epochs, drops, rate, batch, side = (
+        (16, [10, 14], 0.02, 16, 1000)
+        if second
+        else ((14, [10], 0.002, 4, 600) if voc else (16, [11], 0.002, 4, 600))
+    )
+    assert cfg.train_cfg.max_epochs == epochs
+    assert cfg.param_scheduler[1].milestones == drops
+    assert cfg.optim_wrapper.optimizer.lr == rate
+    assert cfg.auto_scale_lr.base_batch_size == batch
+    assert cfg.train_dataloader.batch_size == (2 if second else 1)
+    datasets = [cfg.train_dataloader.dataset, cfg.test_dataloader.dataset]
+    if voc:
+        assert datasets[0].times == 1
+        assert cfg.test_evaluator.iou_thrs == [0.5, 0.7]
+        datasets[0] = datasets[0].dataset.datasets[0]
+    for dataset in datasets:
+        (resize,) = (step for step in dataset.pipeline if step.type == "Resize")
+        assert min(resize.scale) == side
+
+    assert model.backbone.layer4[0].downsample[0].stride == (1, 1)
+    assert {block.conv2.dilation for block in model.backbone.layer4} == {(2, 2)}
+    for module in layers_of(model.backbone):
+        assert module.deform_groups == (1 if second else 4)
+    assert model.rpn_head.in_indices == (0,)
+    assert model.rpn_head.rpn_conv.weight.shape[:2] == (1024 if second else 512, 1024)
+    scales = [8, 16, 32] if voc else [2, 4, 8, 16, 32] if second else [4, 8, 16, 32]
+    assert model.rpn_head.num_base_priors == 3 * len(scales)
+    assert model.rpn_head.prior_generator.scales.tolist() == scales
+    proposals = [
+        part.max_per_img for part in (cfg.model.train_cfg.rpn_proposal, model.test_cfg.rpn)
+    ]
+    assert proposals == ([2000, 1000] if second else [300, 300])
+    assert model.train_cfg.rcnn.sampler.num == (512 if second else 128)
+
+    head = model.roi_head
+    extractors = [head.bbox_roi_extractor, *([head.mask_roi_extractor] if head.with_mask else [])]
+    for extractor, bins in zip(extractors, (7, 14), strict=False):
+        assert extractor.in_indices == (1,) and extractor.featmap_strides == [16]
+        (layer,) = extractor.roi_layers
+        assert layer.output_size == (bins, bins)
+        if isinstance(layer, DeformRoIPool):
+            assert layer.head == "paper" and layer.gamma == 0.1
+    assert [fc.in_features for fc in head.bbox_head.shared_fcs] == [256 * 49, 1024]
+    assert head.bbox_head.num_classes == (20 if voc else 80)
+    assert ("mimic" in words) == hasattr(head, "mimicking")
+    if "mimic" in words:
+        assert (head.mimicking.num_proposals, head.mimicking.crop_size) == (32, 224)
+
+
+def test_readme_counts_parameters() -> None:
+    readme = (ROOT / "configs/dcnv2/README.md").read_text()
+    rows = re.findall(r"\]\(\./(.+?)\.py\) \| ([\d.]+) M \|", readme)
+    assert {name for name, _ in rows} == {
+        path.stem for path in WITHOUT_PYRAMID if path.parent.name == "dcnv2"
+    }
+    for name, millions in rows:
+        _, model = built_on_meta(ROOT / f"configs/dcnv2/{name}.py")
+        count = sum(p.numel() for key, p in model.named_parameters() if "mimicking" not in key)
+        assert f"{count / 1e6:.1f}" == millions, name
 
 
 @pytest.mark.parametrize("path", PAPER, ids=name_of)

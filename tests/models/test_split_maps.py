@@ -12,9 +12,7 @@ from mmengine.registry import init_default_scope
 from mmdeform.models import RPNHead, SingleRoIExtractor, TopReduction
 
 ANCHORS = dict(type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0], strides=[16])
-EXTRACTOR = dict(
-    roi_layer=dict(type="RoIAlign", output_size=3, sampling_ratio=2), out_channels=5
-)
+EXTRACTOR = dict(roi_layer=dict(type="RoIAlign", output_size=3, sampling_ratio=2), out_channels=5)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +71,7 @@ def test_extractor_reads_the_maps_it_is_told(indices: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("indices", [(0, 1), (-1,), ()])
 def test_extractor_has_a_map_for_each_stride(indices: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="in_indices: expected an index .* got"):
+    with pytest.raises(ValueError, match=r"in_indices: expected an index .* got"):
         SingleRoIExtractor(featmap_strides=[16], in_indices=indices, **EXTRACTOR)
 
 
@@ -81,7 +79,7 @@ def test_only_the_top_is_reduced() -> None:
     neck = MODELS.build(dict(type="mmdeform.TopReduction", in_channels=6, out_channels=3))
     assert type(neck) is TopReduction
     neck.init_weights()
-    weight, bias = neck.conv.conv.weight, neck.conv.conv.bias
+    weight, bias = neck.conv.weight, neck.conv.bias
     assert not bias.any()
     feats = maps()
     *others, top = neck(feats)
@@ -94,4 +92,13 @@ def test_only_the_top_is_reduced() -> None:
 def test_the_top_starts_with_small_weights() -> None:
     neck = TopReduction(200, 50)
     neck.init_weights()
-    assert neck.conv.conv.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert neck.conv.weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_the_top_may_be_normalised() -> None:
+    neck = TopReduction(6, 3, norm_cfg=dict(type="BN"))
+    assert neck.conv.bias is None
+    inputs = maps()
+    raw = torch.nn.functional.conv2d(inputs[2], neck.conv.weight)
+    mean, var = raw.mean((0, 2, 3), keepdim=True), raw.var((0, 2, 3), keepdim=True, correction=0)
+    torch.testing.assert_close(neck(inputs)[-1], ((raw - mean) / (var + 1e-5).sqrt()).relu())

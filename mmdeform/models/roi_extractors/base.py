@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdeform.registry import MODELS
 
-__all__ = ["RegistryRoILayers", "keep_graph"]
+__all__ = ["RegistryRoILayers", "keep_graph", "roi_layer_class"]
 
 
 class RegistryRoILayers:
@@ -34,11 +34,16 @@ class RegistryRoILayers:
             KeyError: There is no such layer.
         """
         kwargs = dict(layer_cfg)
-        layer = _resolve(kwargs.pop("type"))
+        layer = roi_layer_class(kwargs.pop("type"))
         return nn.ModuleList(layer(spatial_scale=1 / s, **kwargs) for s in featmap_strides)
 
 
-def _resolve(kind: str | type[nn.Module]) -> type[nn.Module]:
+def roi_layer_class(kind: str | type[nn.Module]) -> type[nn.Module]:
+    """The class that ``roi_layer.type`` names.
+
+    Raises:
+        KeyError: There is no such layer.
+    """
     if not isinstance(kind, str):
         return kind
     layer = getattr(mmcv.ops, kind, None)  # holds functions, too

@@ -1,0 +1,2 @@
+_base_ = "./mask-rcnn_r50-mdconv-c3-c5-mdpool_dc5_16e-1000px_coco.py"
+model = dict(type="mmdeform.MaskRCNN", roi_head=dict(type="mmdeform.MimickingRoIHead"))

@@ -1,0 +1,7 @@
+_base_ = "./rfcn_r101-dpspool_coco.py"
+model = dict(
+    backbone=dict(
+        dcn=dict(type="mmdeform.DCN", deform_groups=4, fallback_on_stride=False),
+        stage_with_dcn=(False, False, False, True),
+    )
+)

@@ -1,0 +1,8 @@
+_base_ = [
+    "../_base_/models/rfcn_r50-small.py",
+    "../_base_/datasets/shapes_instance.py",
+    "../_base_/schedules/shapes_12e.py",
+    "../_base_/shapes_runtime.py",
+]
+val_evaluator = dict(metric="bbox")
+test_evaluator = val_evaluator
