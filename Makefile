@@ -40,8 +40,9 @@ demo: build
 	$(BIN)/python tools/demo.py
 
 # Threads that wait by spinning would slow each other down where cores are shared. Two processes:
-# much of the suite is Python; each takes whole files, whose fixtures are costly.
-PARALLEL ?= -n 2 --dist loadfile
+# much of the suite is Python; each takes whole files, whose fixtures are costly, in their order: the
+# emulated kernels, which take longest, are among the first.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 test: build
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PARALLEL) tests
