@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
@@ -46,6 +47,13 @@ MDPOOL = dict(
 @pytest.fixture(autouse=True)
 def mmdet_scope() -> None:
     init_default_scope("mmdet")
+
+
+@pytest.fixture(autouse=True)
+def no_run() -> Iterator[None]:
+    """A training that stopped with an error leaves behind that it runs."""
+    with patch.object(MessageHub, "_instance_dict", OrderedDict()):
+        yield
 
 
 def config(
@@ -475,6 +483,13 @@ def test_state_dict_holds_the_classifier_while_it_is_trained() -> None:
         assert set(state_dict(model.eval())) == plain
     model.train().roi_head.mimicking.requires_grad_(False)
     assert set(model.state_dict()) == plain
+
+
+@pytest.mark.parametrize(("stage", "held"), [("train", True), ("val", True), ("test", False)])
+def test_evaluation_within_a_run_keeps_the_classifier(stage: str, held: bool) -> None:
+    model = detector().eval()
+    MessageHub.get_current_instance().update_info("loop_stage", stage)
+    assert len(CLASSIFIER & set(model.state_dict())) == (2 if held else 0)
 
 
 @pytest.mark.parametrize("training", [True, False])

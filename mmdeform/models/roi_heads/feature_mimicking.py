@@ -21,9 +21,10 @@ class FeatureMimicking(BaseModule):
 
     The classifier of the crops is the only thing that is not shared with the detector, and only
     training needs it. State dicts hold it in training mode, and in evaluation mode as long as
-    mmengine's runner trains: validation may overwrite the checkpoint of an epoch. In all other
-    state dicts it is left out, and from those of a moving average, which needs no gradients: they
-    are the plain detector's. They load as strictly as any other, and the classifier stays as it is.
+    mmengine's runner trains, or stopped training with an error: validation may overwrite the
+    checkpoint of an epoch. In all other state dicts it is left out, and from those of a moving
+    average, which needs no gradients: they are the plain detector's. They load as strictly as any
+    other, and the classifier stays as it is.
 
     Args:
         in_features: Length of the features, C.
