@@ -1,0 +1,183 @@
+"""Detectors and images for looking into them: loaded strictly, with positions that map back."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmdet.registry import DATASETS, MODELS
+from mmdet.utils import get_test_pipeline_cfg
+from mmengine import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+
+__all__ = ["Picture", "build_dataset", "load_detector", "load_picture", "preprocess"]
+
+
+def load_detector(
+    config: str | os.PathLike | Config,
+    checkpoint: str | os.PathLike | None = None,
+    device: str | torch.device = "cpu",
+    cfg_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Builds a detector in evaluation mode, with all its weights from a checkpoint.
+
+    Other than ``mmdet.apis.init_detector`` it refuses a checkpoint that lacks weights of the model.
+
+    Args:
+        config: Config of an mmdet detector, or its path.
+        checkpoint: Path or address of its checkpoint. Default: None, which leaves the weights as
+            they are initialised.
+        device: Where to put it. Default: the CPU.
+        cfg_options: Changes of the config, as ``--cfg-options`` gives them. Default: None.
+
+    Returns:
+        The detector, with the config as ``cfg`` and the data set's ``dataset_meta``.
+
+    Raises:
+        ValueError: The config has no model, or the checkpoint is no checkpoint of it.
+    """
+    cfg = config if isinstance(config, Config) else Config.fromfile(config)
+    if cfg_options:
+        cfg.merge_from_dict(dict(cfg_options))
+    if cfg.get("model") is None:
+        raise ValueError(f"{cfg.filename} has no model")
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    if checkpoint is None:
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    else:
+        # Backbones need no pretrained weights of their own where the checkpoint holds everything.
+        model = MODELS.build(_without_pretrained(cfg.model))
+        meta = _load_strictly(model, checkpoint)
+        model.dataset_meta = meta.get("dataset_meta")
+    model.cfg = cfg
+    if not getattr(model, "dataset_meta", None):
+        dataset = cfg.get("val_dataloader", {}).get("dataset", {})
+        model.dataset_meta = dict(dataset.get("metainfo") or {})
+    return model.to(device).eval()
+
+
+def _without_pretrained(model: Any) -> Any:
+    """A config without ``init_cfg`` of type Pretrained at any depth."""
+    if isinstance(model, dict):
+        return type(model)(
+            {
+                key: _without_pretrained(value)
+                for key, value in model.items()
+                if not (key == "init_cfg" and isinstance(value, dict) and value.get("checkpoint"))
+            }
+        )
+    return [_without_pretrained(value) for value in model] if isinstance(model, list) else model
+
+
+def _load_strictly(model: nn.Module, checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """Fills a model; returns the checkpoint's ``meta``."""
+    try:
+        loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu")
+    except Exception as error:  # unpickling a damaged file may raise anything
+        raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{checkpoint} holds {type(loaded).__name__}, expected a checkpoint")
+    state = loaded.get("state_dict", loaded)
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:  # other shapes
+        raise ValueError(f"{checkpoint} does not fit {type(model).__name__}: {error}") from error
+    if missing:
+        raise ValueError(
+            f"{checkpoint} lacks {len(missing)} of the weights of {type(model).__name__}, "
+            f"{missing[0]} first: is it a checkpoint of this config?"
+        )
+    return loaded.get("meta") or {}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, and what the test pipeline of a detector makes of it.
+
+    Positions are (x, y) in pixels whose pixel i has its centre at i.
+
+    Attributes:
+        path: Its file.
+        pixels: The image, shape (H, W, 3), RGB, uint8.
+        batch: What ``model.test_step`` takes: ``inputs`` and ``data_samples``, of one image.
+        scale: (x, y) size of the resized image relative to ``pixels``. Padding comes after
+            resizing, right and below, and does not change it.
+    """
+
+    path: Path
+    pixels: np.ndarray
+    batch: dict[str, Any]
+    scale: tuple[float, float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of ``pixels``."""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+    def to_inputs(self, points: Any) -> np.ndarray:
+        """Positions in the image as positions in what the network gets, shape (..., 2)."""
+        return (np.asarray(points, float) + 0.5) * self.scale - 0.5
+
+    def from_inputs(self, points: Any) -> np.ndarray:
+        """Positions in what the network gets as positions in the image, shape (..., 2)."""
+        if isinstance(points, Tensor):
+            points = points.detach().cpu().numpy()
+        return (np.asarray(points, float) + 0.5) / self.scale - 0.5
+
+
+def load_picture(model: nn.Module, path: str | os.PathLike) -> Picture:
+    """Reads an image and sends it through the test pipeline of a detector.
+
+    Args:
+        model: What :func:`load_detector` or mmdet's ``init_detector`` returns.
+        path: Image file.
+
+    Raises:
+        ValueError: The file is no image.
+    """
+    image = cv2.imread(str(path))
+    if image is None:
+        raise ValueError(f"{path} is no image that OpenCV can read")
+    pipeline = Compose(get_test_pipeline_cfg(model.cfg))
+    data = pipeline(dict(img_path=str(path), img_id=0))
+    scale = data["data_samples"].metainfo.get("scale_factor", (1.0, 1.0))
+    batch = pseudo_collate([data])
+    return Picture(
+        Path(path), image[..., ::-1].copy(), batch, (float(scale[0]), float(scale[1]))
+    )
+
+
+def preprocess(model: nn.Module, picture: Picture) -> tuple[Tensor, list]:
+    """What the detector itself is called with: images (1, C, H, W), padded, and data samples."""
+    with torch.no_grad():
+        data = model.data_preprocessor(picture.batch, False)
+    return data["inputs"], data["data_samples"]
+
+
+def build_dataset(cfg: Config, split: str = "val") -> Any:
+    """The data set of a config.
+
+    Args:
+        cfg: Config of a detector.
+        split: 'train', 'val' or 'test'. Default: 'val'.
+
+    Raises:
+        ValueError: The config has no such data set, or its files are not there.
+    """
+    loader = cfg.get(f"{split}_dataloader")
+    if not loader:
+        raise ValueError(f"{cfg.filename} has no {split}_dataloader")
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    try:
+        return DATASETS.build(loader.dataset)
+    except FileNotFoundError as error:
+        raise ValueError(f"the data set of {split}_dataloader is not there: {error}") from error
