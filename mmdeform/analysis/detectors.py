@@ -151,9 +151,7 @@ def load_picture(model: nn.Module, path: str | os.PathLike) -> Picture:
     data = pipeline(dict(img_path=str(path), img_id=0))
     scale = data["data_samples"].metainfo.get("scale_factor", (1.0, 1.0))
     batch = pseudo_collate([data])
-    return Picture(
-        Path(path), image[..., ::-1].copy(), batch, (float(scale[0]), float(scale[1]))
-    )
+    return Picture(Path(path), image[..., ::-1].copy(), batch, (float(scale[0]), float(scale[1])))
 
 
 def preprocess(model: nn.Module, picture: Picture) -> tuple[Tensor, list]:

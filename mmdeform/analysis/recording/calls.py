@@ -62,8 +62,7 @@ class LayerCall(ABC):
     """What a deformable layer sampled in one forward call.
 
     Outputs of a layer are counted by one index: pixels (y * width + x) of a convolution and of
-    DAT's attention, queries of multi-scale attention, RoIs of RoI pooling (counted in the call, over
-    all images).
+    DAT's attention, queries of multi-scale attention, RoIs of RoI pooling, over all images.
 
     Attributes:
         kind: Family of the layer: 'convolution', 'roi_pooling', 'attention' (multi-scale
@@ -258,8 +257,8 @@ class KeysCall(LayerCall):
         """Attention of some queries, averaged over them.
 
         Args:
-            queries: Pixels of the map, y * width + x, int64, shape (K,); many are computed in chunks
-                of bounded size.
+            queries: Pixels of the map, y * width + x, int64, shape (K,); many are computed in
+                chunks of bounded size.
             image: Index in the batch. Default: 0.
 
         Returns:
@@ -279,7 +278,7 @@ class KeysCall(LayerCall):
         return total / len(queries)
 
     def samples(self, output: int, image: int = 0) -> Samples:
-        """Keys of all groups, weighed by the attention of one query, the mean of a group's heads."""
+        """Keys of all groups, weighed by a query's attention: the mean of a group's heads."""
         locations = self.locations[image].flatten(1, 2)  # (G, Ns, 2)
         regular = self.grid.expand(self.locations.shape)[image].flatten(1, 2)
         queries = torch.tensor([output], device=locations.device)
@@ -288,7 +287,11 @@ class KeysCall(LayerCall):
 
 
 def _samples(
-    locations: Tensor, regular: Tensor, weights: Tensor, center: Tensor, levels: Tensor | None = None
+    locations: Tensor,
+    regular: Tensor,
+    weights: Tensor,
+    center: Tensor,
+    levels: Tensor | None = None,
 ) -> Samples:
     """From tensors of shape (groups, points[, 2])."""
     groups = torch.arange(len(locations), device=locations.device)[:, None].expand(weights.shape)

@@ -62,7 +62,7 @@ def normalized_grid(map_size: Size, image_size: Size) -> PixelGrid:
 
 
 class GridTracer:
-    """Finds the grid of a feature map by the strided layers that ran before it.
+    """Finds the grid of a feature map by the layers that ran before it.
 
     The layers on the way to a map are found by the sizes of their inputs and outputs, from the size
     of the image down: convolutions, deformable ones included, pooling and ``nn.Unfold``. Of
@@ -141,14 +141,21 @@ _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Unfold)
 
 
 def _windowed_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Layers that move a window with a stride, but none that is part of a deformable layer."""
+    """Layers whose windows make a map of another size; none that is part of a deformable layer."""
     deformable = is_deformable(model)
     windowed = isinstance(model, _WINDOWED) or (deformable and hasattr(model, "dilation"))
-    if windowed and not isinstance(model.padding, str) and max(_window(model)[1]) > 1:
+    if windowed and not isinstance(model.padding, str) and _changes_size(model):
         yield model
     if not deformable:
         for child in model.children():
             yield from _windowed_layers(child)
+
+
+def _changes_size(layer: nn.Module) -> bool:
+    return any(
+        stride > 1 or 2 * padding != dilation * (kernel - 1)
+        for kernel, stride, padding, dilation in zip(*_window(layer), strict=True)
+    )
 
 
 def _window(layer: nn.Module) -> _Window:
