@@ -50,32 +50,16 @@ def load_detector(
     if cfg.get("model") is None:
         raise ValueError(f"{cfg.filename} has no model")
     init_default_scope(cfg.get("default_scope", "mmdet"))
+    model = MODELS.build(cfg.model)
     if checkpoint is None:
-        model = MODELS.build(cfg.model)
         model.init_weights()
     else:
-        # Backbones need no pretrained weights of their own where the checkpoint holds everything.
-        model = MODELS.build(_without_pretrained(cfg.model))
-        meta = _load_strictly(model, checkpoint)
-        model.dataset_meta = meta.get("dataset_meta")
+        model.dataset_meta = _load_strictly(model, checkpoint).get("dataset_meta")
     model.cfg = cfg
     if not getattr(model, "dataset_meta", None):
         dataset = cfg.get("val_dataloader", {}).get("dataset", {})
         model.dataset_meta = dict(dataset.get("metainfo") or {})
     return model.to(device).eval()
-
-
-def _without_pretrained(model: Any) -> Any:
-    """A config without ``init_cfg`` of type Pretrained at any depth."""
-    if isinstance(model, dict):
-        return type(model)(
-            {
-                key: _without_pretrained(value)
-                for key, value in model.items()
-                if not (key == "init_cfg" and isinstance(value, dict) and value.get("checkpoint"))
-            }
-        )
-    return [_without_pretrained(value) for value in model] if isinstance(model, list) else model
 
 
 def _load_strictly(model: nn.Module, checkpoint: str | os.PathLike) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def checkpoint(config: Path) -> Path:
 
 def test_a_checkpoint_fills_the_model(config: Path, checkpoint: Path) -> None:
     cfg = Config.fromfile(config)
-    # The checkpoint holds everything: what a backbone would start from is not looked for.
+    # The checkpoint holds everything: what the backbone would start from is not looked for.
     cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="nowhere/resnet.pth")
     model = load_detector(cfg, checkpoint)
     state = torch.load(checkpoint, weights_only=False)["state_dict"]

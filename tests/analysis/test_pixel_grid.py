@@ -11,16 +11,26 @@ from mmdeform.analysis.recording import GridTracer, PixelGrid, normalized_grid
 from mmdeform.layers import DCNv3, ModulatedDeformConv2dPack
 
 
-class Keys(nn.Module):
-    """Passes its map on, whatever it makes of it at another size."""
+class Aside(nn.Module):
+    """Calls two layers and passes on what the first one makes of its map."""
 
+    def __init__(self, layer: nn.Module, aside: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.aside = layer, aside
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.layer(x)
+        self.aside(x)
+        return output
+
+
+class ChannelsLast(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        self.layer(x)
-        return x
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def conv(kernel: int, stride: int, padding: int, dilation: int = 1) -> nn.Conv2d:
@@ -34,9 +44,11 @@ MODELS = {
     "patches": (PATCHES, (16, 16), (7.5, 7.5)),
     "average": ([nn.AvgPool2d(3, 3), conv(2, 1, 0), conv(5, 2, 1, 2)], (6, 6), None),
     "sides": ([nn.Conv2d(1, 1, (2, 3), (2, 3), (0, 1), bias=False)], (3, 2), (0, 0.5)),
-    "keys aside": ([conv(4, 4, 0), Keys(conv(9, 8, 4)), *PATCHES[1:]], (16, 16), (7.5, 7.5)),
+    "keys": ([PATCHES[0], Aside(nn.Identity(), conv(5, 4, 2)), *PATCHES[1:]], (16, 16), (7.5, 7.5)),
+    "shortcut": ([Aside(conv(3, 2, 1), conv(2, 2, 0))], (2, 2), (0, 0)),
     "unequal": ([conv(3, 2, 1), nn.ZeroPad2d((0, 1, 0, 1))], None, None),
 }
+EVEN = ("keys", "shortcut")  # sizes at which both ways lead to the same one
 
 
 def seen(model: nn.Module, image: Tensor, row: int, column: int) -> Tensor:
@@ -54,11 +66,11 @@ def test_pixels_lie_at_the_middle_of_what_they_see(name: str) -> None:
     model = nn.Sequential(*layers)
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    image = torch.ones(1, 1, 101, 122)
+    image = torch.ones(1, 1, *((96, 128) if name in EVEN else (101, 122)))
     tracer = GridTracer()
     with tracer.attached(model):
         output = model(image)
-    assert tracer.image_size == (122, 101)
+    assert tracer.image_size == (image.shape[3], image.shape[2])
     grid = tracer.grid_of((output.shape[3], output.shape[2]))
     assert grid.stride == stride and first in (None, grid.first)
     if not isinstance(layers[1 % len(layers)], nn.MaxPool2d):  # whose gradient picks one pixel
@@ -77,12 +89,14 @@ def test_a_strided_deformable_layer_counts_and_what_is_inside_does_not() -> None
 
     layer = Branch(1, 1, 3, stride=2, padding=1)
     layer.aside = conv(2, 2, 0)
-    model = nn.Sequential(conv(3, 1, 1), layer, DCNv3(1, 1, 3, stride=2, padding=1))
+    last = DCNv3(1, 1, 3, stride=2, padding=1, channels_last=True)
+    plain = DCNv3(1, 1, 3, stride=2, padding=1)
+    model = nn.Sequential(conv(3, 1, 1), layer, plain, ChannelsLast(last))
     tracer = GridTracer()
     with tracer.attached(model):
         output = model(torch.ones(1, 1, 40, 48))
-    assert output.shape[2:] == (10, 12)
-    assert tracer.grid_of((12, 10)) == PixelGrid((4, 4), (0, 0))
+    assert output.shape[2:] == (5, 6)
+    assert tracer.grid_of((6, 5)) == PixelGrid((8, 8), (0, 0))
 
 
 def test_swin_merges_patches() -> None:

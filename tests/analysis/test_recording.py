@@ -242,6 +242,9 @@ def test_keys(version: str) -> None:
     read = (samples.weights[:, None] * samples.points).sum(0)
     torch.testing.assert_close(read, output[0].flatten(1)[:, index])
     torch.testing.assert_close(call.attention(torch.tensor([index])).mean(0), samples.weights)
+    pair = torch.tensor([index, index + 3])
+    mean = torch.stack([call.attention(query[None]) for query in pair]).mean(0)
+    torch.testing.assert_close(call.attention(pair), mean)
     with pytest.raises(ValueError, match="queries must hold at least one"):
         call.attention(torch.tensor([], dtype=torch.int64))
 
@@ -273,6 +276,7 @@ def test_roi_pooling(kind: type[nn.Module]) -> None:
     assert call.nearest(35, 30, image=0) == 0 and call.nearest(35, 30, image=1) == 2
     with pytest.raises(ValueError, match="no RoI of image 2"):
         call.nearest(35, 30, image=2)
+    assert call.centers(1)[2].tolist() == [27.5, 31.5] and call.centers(1)[:2].isnan().all()
     for roi in range(len(ROIS)):
         samples = call.samples(roi)
         torch.testing.assert_close(samples.center, (ROIS[roi, 1:3] + ROIS[roi, 3:]) / 2 - 0.5)
