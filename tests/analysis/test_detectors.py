@@ -1,6 +1,5 @@
 """Detectors are loaded completely or not at all; positions find their way through the pipeline."""
 
-import json
 from pathlib import Path
 
 import cv2
@@ -13,63 +12,17 @@ from mmengine import Config
 
 from mmdeform.analysis.detectors import build_dataset, load_detector, load_picture, preprocess
 
-from ..models.small_retinanet import RULE, retinanet
-
-PIPELINE = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(200, 120), keep_ratio=True),
-    dict(type="PackDetInputs", meta_keys=("ori_shape", "img_shape", "scale_factor")),
-]
-
-
-def model_cfg() -> dict:
-    model = retinanet()
-    model["test_cfg"]["max_per_img"] = 20
-    model["data_preprocessor"] = dict(type="DetDataPreprocessor", pad_size_divisor=32)
-    return dict(model, type="mmdeform.Transplant", model="RetinaNet", rules=[RULE])
+from .small_detector import write_checkpoint, write_config
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("detectors")
-    (folder / "val.json").write_text(
-        json.dumps(
-            dict(
-                images=[dict(id=1, file_name="image.png", width=75, height=50)],
-                annotations=[],
-                categories=[dict(id=1, name="disc")],
-            )
-        )
-    )
-    dataset = dict(
-        type="CocoDataset",
-        data_root=str(folder),
-        ann_file="val.json",
-        data_prefix=dict(img=""),
-        metainfo=dict(classes=("disc",)),
-        test_mode=True,
-        pipeline=PIPELINE,
-    )
-    cfg = Config(
-        dict(
-            default_scope="mmdet",
-            model=model_cfg(),
-            val_dataloader=dict(dataset=dataset),
-            test_dataloader=dict(dataset=dataset),
-        )
-    )
-    cfg.dump(folder / "config.py")
-    return folder / "config.py"
+    return write_config(tmp_path_factory.mktemp("detectors"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(config: Path) -> Path:
-    torch.manual_seed(5)
-    model = load_detector(config)
-    path = config.parent / "epoch_1.pth"
-    meta = dict(dataset_meta=dict(classes=("disc", "ring", "pair")))
-    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
-    return path
+    return write_checkpoint(config)
 
 
 def test_a_checkpoint_fills_the_model(config: Path, checkpoint: Path) -> None:
