@@ -198,5 +198,5 @@ def test_misuse(scene: tuple[Spread, Images]) -> None:
     with pytest.raises(ValueError, match="'neck' matches no deformable layer"):
         next(measure_dilation(model, images, layers="neck"))
     model.spread = DeformableAttention2d(2, 1)
-    with pytest.raises(ValueError, match="none of these layers is a deformable .*: spread"):
+    with pytest.raises(ValueError, match=r"none of these layers is a deformable .*: spread"):
         next(measure_dilation(model, images))
