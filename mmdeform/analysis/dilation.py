@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmdeform.layers.dat_attn import DeformableAttention2d
+from mmdeform.layers.sampling import deformable_layers
+
 from .detectors import load_picture
 from .recording import ConvolutionCall, record
 
@@ -167,8 +170,9 @@ def measure_dilation(
         model: Detector, from :func:`mmdeform.analysis.detectors.load_detector`.
         dataset: Data set of mmdet, from :func:`mmdeform.analysis.detectors.build_dataset`.
         images: How many images, from the first on. Default: None, all.
-        layers: A pattern or several, of which a layer's name has to match one. Layers that are no
-            convolutions are passed over. Default: all.
+        layers: A pattern or several, of which a layer's name has to match one. Passed over are
+            layers that are no convolutions, kernels of 1x1, which have no adjacent samples, and
+            calls on several maps for one image: those are of RoIs. Default: all.
         sizes: See :func:`classify_filters`; in pixels of the images as they are in their files.
 
     Yields:
@@ -177,29 +181,35 @@ def measure_dilation(
 
     Raises:
         ValueError: The model has no deformable convolution among the layers, or the data set no
-            image.
+            image, or offsets are not finite.
     """
     if not len(sizes) == 2 or not 0 < sizes[0] < sizes[1]:
         raise ValueError(f"sizes must be two numbers, 0 < medium < large, got {tuple(sizes)}")
     count = len(dataset) if images is None else min(images, len(dataset))
     if count < 1:
         raise ValueError(f"there must be at least one image, got {count}")
+    names = [
+        name
+        for name, layer in deformable_layers(model, layers).items()
+        if max(getattr(layer, "kernel_size", (1,))) > 1
+        and not isinstance(layer, DeformableAttention2d)
+    ]
+    if not names:
+        raise ValueError(
+            f"layers: {layers!r} matches no deformable convolution with a kernel larger than 1x1"
+        )
     found: dict[str, LayerDilation] = {}
     for index in range(count):
         info = dataset.get_data_info(index)
         picture = load_picture(model, info["img_path"])
-        with torch.no_grad(), record(model, layers) as recording:
+        with torch.no_grad(), record(model, names) as recording:
             model.test_step(picture.batch)
-        calls = recording.of_kind("convolution")
-        if not calls:
-            raise ValueError(
-                "none of these layers is a deformable convolution that ran: "
-                f"{', '.join(recording.names) or layers}"
-            )
         boxes = {True: [], False: []}
         for instance in info["instances"]:
             boxes[bool(instance["ignore_flag"])].append(instance["bbox"])
-        for call in calls:
+        for call in recording:
+            if len(call.locations) != 1:
+                continue
             centers = picture.from_inputs(call.centers())
             classes = classify_filters(centers, boxes[False], sizes, boxes[True])
             classes[~_inside(centers, np.array([[0.0, 0.0, *picture.size]]))[:, 0]] = LEFT_OUT
@@ -215,4 +225,6 @@ def _add_call(found: dict[str, LayerDilation], call: ConvolutionCall, classes: n
         regular = float(effective_dilation(grid[:, :, :, :1, :1], pairs))
         found[call.name] = LayerDilation(call.name, regular, sum(call.map_grid.stride) / 2, *sums)
     dilations = effective_dilation(call.sampling.locations, pairs)[0].flatten(1)
+    if not dilations.isfinite().all():
+        raise ValueError(f"the offsets of {call.name} are NaN or infinite")
     found[call.name].add(dilations.cpu().numpy(), classes)

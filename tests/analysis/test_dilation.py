@@ -189,6 +189,14 @@ def test_over_a_data_set(scene: tuple[Spread, Images]) -> None:
     assert [seen for seen, _ in measure_dilation(*scene, images=1)] == [1]
 
 
+def test_maps_of_rois_are_passed_over(scene: tuple[Spread, Images]) -> None:
+    model, images = scene
+    model.of_rois = ModulatedDeformConv2dPack(2, 2, 3, padding=1)
+    model.stem.register_forward_hook(lambda *_: model.of_rois(torch.zeros(4, 2, 7, 7)))
+    *_, (_, found) = measure_dilation(model, images)
+    assert list(found) == ["spread"]
+
+
 def test_misuse(scene: tuple[Spread, Images]) -> None:
     model, images = scene
     with pytest.raises(ValueError, match=r"sizes must be two numbers.*got \(96, 32\)"):
@@ -197,6 +205,10 @@ def test_misuse(scene: tuple[Spread, Images]) -> None:
         next(measure_dilation(model, images, images=0))
     with pytest.raises(ValueError, match="'neck' matches no deformable layer"):
         next(measure_dilation(model, images, layers="neck"))
-    model.spread = DeformableAttention2d(2, 1)
-    with pytest.raises(ValueError, match=r"none of these layers is a deformable .*: spread"):
+    model.spread.conv_offset.bias.data[3] = float("nan")
+    with pytest.raises(ValueError, match="offsets of spread are NaN or infinite"):
         next(measure_dilation(model, images))
+    for other in (DeformableAttention2d(2, 1), ModulatedDeformConv2dPack(2, 2, 1)):
+        model.spread = other
+        with pytest.raises(ValueError, match=r"'\*\*' matches no deformable convolution with"):
+            next(measure_dilation(model, images))
