@@ -59,13 +59,16 @@ def load_detector(
     if not getattr(model, "dataset_meta", None):
         dataset = cfg.get("val_dataloader", {}).get("dataset", {})
         model.dataset_meta = dict(dataset.get("metainfo") or {})
-    return model.to(device).eval()
+    model.to(device).eval()  # some models' eval() returns None
+    return model
 
 
 def _load_strictly(model: nn.Module, checkpoint: str | os.PathLike) -> dict[str, Any]:
     """Fills a model; returns the checkpoint's ``meta``."""
     try:
-        loaded = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu")
+        loaded = CheckpointLoader.load_checkpoint(
+            str(checkpoint), map_location="cpu", logger="silent"
+        )
     except Exception as error:  # unpickling a damaged file may raise anything
         raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from error
     if not isinstance(loaded, dict):
