@@ -4,7 +4,7 @@
     python tools/get_flops.py CONFIG CHECKPOINT --shape 800 1333 --latency 20 --device cuda
 
 Writes a table, a picture and a JSON file. One image of noise goes through the model. FLOPs count a
-multiply-add as two, MACs as one. Unlike with mmdet's tool of the same name, deformable operators are
+multiply-add as two, MACs as one. Unlike with mmdet's tool of the same name deformable operators are
 counted, mmdeform's and mmcv's; what else ran and could not be counted is named.
 
 RoI heads of two-stage detectors get --proposals boxes, however many untrained weights would leave
@@ -53,11 +53,13 @@ from mmdeform.analysis.complexity import (
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen
 
-COLORS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00"), strict=True))
+COLORS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#F0E442"), strict=True))
 DPI = 200
 
 
-def build_model(config: Path, options: dict | None, checkpoint: Path | None) -> tuple[Any, Any]:
+def build_model(
+    config: Path, options: dict | None, checkpoint: Path | None
+) -> tuple[Config, nn.Module]:
     """The config and its model, in evaluation mode.
 
     Raises:
@@ -77,7 +79,8 @@ def build_model(config: Path, options: dict | None, checkpoint: Path | None) -> 
         raise ValueError(f"{config}: its model cannot be built: {_last_line(error)}") from error
     if checkpoint is not None:
         load(model, checkpoint)
-    return cfg, model.eval()
+    model.eval()  # returns nothing in mmdet's backbones
+    return cfg, model
 
 
 def load(model: nn.Module, path: Path) -> None:
@@ -131,12 +134,11 @@ def examine(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any
         try:
             with count_rois(model) as rois:
                 result = complexity(model, *inputs.args, **inputs.kwargs)
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            if device.type != "meta":
-                raise
+        except Exception as error:  # whatever a model raises for an image that it does not like
+            advice = "; meta is for models that never look at values" * (device.type == "meta")
             raise ValueError(
-                f"--device meta: {type(model).__name__} looks at values or has operators that "
-                f"meta does not know ({_last_line(error)}); take another device"
+                f"{type(model).__name__} does not run on {args.device} in mode {args.mode} with "
+                f"an image of {shape[0]} x {shape[1]}: {_last_line(error)}{advice}"
             ) from error
         report |= count_report(result) | dict(rois=rois)
         if args.latency:
@@ -217,11 +219,11 @@ def tables(result: Complexity, depth: int) -> list[Table]:
     return [parts, operators]
 
 
-def draw(result: Complexity, title: str, depth: int, out: Path) -> None:
-    """Writes a bar for each part, stacked by kind of operator."""
+def make_figure(result: Complexity, title: str, depth: int) -> plt.Figure:
+    """A bar for each part, stacked by kind of operator."""
     parts = [part for part in result.disjoint_parts(depth) if part.flops]
     figure, axis = plt.subplots(figsize=(8, 1.3 + 0.3 * len(parts)), layout="constrained")
-    names = [f"{part.name or 'model'}" for part in parts]
+    names = [part.name or "model" for part in parts]
     left = [0.0] * len(parts)
     for kind, color in COLORS.items():
         widths = [part.by_kind()[kind] / 2e9 for part in parts]
@@ -235,14 +237,13 @@ def draw(result: Complexity, title: str, depth: int, out: Path) -> None:
             fontsize=8, color="0.3",
         )  # fmt: skip
     axis.invert_yaxis()
-    axis.margins(x=0.1, y=0.02)
-    axis.set_xlim(left=0)
+    axis.margins(y=0.02)
+    axis.set_xlim(0, 1.12 * max(left, default=1))
     axis.set_xlabel("GMACs (1 multiply-add = 1 MAC = 2 FLOPs)")
     axis.set_title(title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=DPI)
-    plt.close(figure)
+    return figure
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -350,8 +351,12 @@ def main(argv: list[str] | None = None) -> None:
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     picture = args.out.with_suffix(".png")
     title = headline(report)
-    draw(result, f"{args.config.stem}\n{title}", args.depth, picture)
+    figure = make_figure(result, f"{args.config.stem}\n{title}", args.depth)
+    figure.savefig(picture, dpi=DPI)
+    plt.close(figure)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # in files and pipes as wide as the tables need
     console.print(title, soft_wrap=True)
     for table in tables(result, args.depth):
         console.print(table)

@@ -16,7 +16,7 @@ from .run import evaluation
 
 __all__ = ["KINDS", "Complexity", "Part", "complexity", "kind_of"]
 
-KINDS = ("convolution", "matrix product", "attention", "deformable")
+KINDS = ("convolution", "matrix product", "attention", "deformable", "RoIAlign")
 """Kinds of operators: see :func:`kind_of`."""
 
 _ELEMENTARY = ("aten.", "prims.", "prim.")
@@ -24,7 +24,7 @@ _ELEMENTARY = ("aten.", "prims.", "prim.")
 _HEAVY = frozenset(
     f"aten.{name}"
     for name in (
-        "mv addmv dot vdot addbmm _addmm_activation grid_sampler_2d grid_sampler_3d _fft_r2c "
+        "addbmm _addmm_activation grid_sampler_2d grid_sampler_3d _fft_r2c "
         "_fft_c2c _fft_c2r mkldnn_rnn_layer lstm gru rnn_tanh rnn_relu _sparse_mm "
         "_native_multi_head_attention _transformer_encoder_layer_fwd"
     ).split()
@@ -41,6 +41,8 @@ def kind_of(operator: str) -> str:
         One of :data:`KINDS`: ``attention`` is torch's fused attention; ``deformable`` are the
         operators of mmdeform and mmcv, of which DAT's attention is one.
     """
+    if operator == "mmcv.roi_align":
+        return "RoIAlign"
     namespace, name = operator.split(".", 1)
     if namespace in ("mmdeform", "mmcv"):
         return "deformable"
@@ -135,10 +137,9 @@ class Complexity:
     def missing(self) -> dict[str, int]:
         """What of ``not_counted`` a user should know about.
 
-        That is what is neither torch's own nor mmdeform's, such as mmcv's RoIAlign and NMS, and
-        those of torch's operators that do the work of products, such as ``grid_sampler_2d``.
-        Norms, activations, softmax, sums and other elementary work is left out, as it is in all
-        counts of FLOPs.
+        That is what is neither torch's own nor mmdeform's, such as mmcv's NMS, and those of torch's
+        operators that do the work of products, such as ``grid_sampler_2d``. Norms, activations,
+        softmax, sums and other elementary work is left out, as it is in most counts of FLOPs.
         """
         return {
             name: calls
@@ -150,9 +151,9 @@ class Complexity:
 def complexity(model: nn.Module, *args: Any, **kwargs: Any) -> Complexity:
     """Counts what one forward pass of a model computes, by running it.
 
-    Counted are products, convolutions, fused attention and deformable operators, mmdeform's and
-    mmcv's, by the formulas of ``torch.utils.flop_counter``. The model runs in evaluation mode
-    without gradients and is left as it was.
+    Counted are products, convolutions, fused attention, deformable operators, mmdeform's and
+    mmcv's, and mmcv's RoIAlign, by the formulas of ``torch.utils.flop_counter``. The model runs in
+    evaluation mode without gradients and is left as it was.
 
     Args:
         model: Any model. On the ``meta`` device only shapes are computed: that takes no time, but

@@ -14,6 +14,14 @@ from .. import flops  # registers what torch lacks  # noqa: F401
 
 __all__ = ["FlopCounter"]
 
+# Products that torch has no formula for.
+_PRODUCTS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.mv: lambda matrix, *_, **__: 2 * matrix.numel(),
+    torch.ops.aten.addmv: lambda _, matrix, *__, **___: 2 * matrix.numel(),
+    torch.ops.aten.dot: lambda vector, *_, **__: 2 * vector.numel(),
+    torch.ops.aten.vdot: lambda vector, *_, **__: 2 * vector.numel(),
+}
+
 
 class FlopCounter:
     """Counts by the formulas of ``torch.utils.flop_counter`` while the block runs.
@@ -94,7 +102,7 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operator = func._overloadpacket
-        formula = flop_registry.get(operator)
+        formula = flop_registry.get(operator) or _PRODUCTS.get(operator)
         if formula is None:
             # In inference mode composite operators come here whole.
             with self:

@@ -109,9 +109,12 @@ def _data_samples(model: nn.Module, shape: tuple[int, int]) -> list[Any] | None:
     if not is_detector(model):
         return None
     from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
 
     metainfo = dict(img_id=0, img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0))
-    return [DetDataSample(metainfo=metainfo)]
+    # Sparse R-CNN looks for annotations even in mode 'tensor'.
+    nothing = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    return [DetDataSample(metainfo=metainfo, gt_instances=nothing)]
 
 
 def is_detector(model: nn.Module) -> bool:

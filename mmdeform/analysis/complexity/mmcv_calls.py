@@ -1,15 +1,16 @@
 """Shows a counter what mmcv computes: its own operators pass by torch's dispatcher.
 
-mmcv's deformable operators are counted by the formulas of their counterparts in ``mmdeform.ops``,
-on every device and whichever kernels run, mmcv's or, with ``mmdeform.accelerate``, ours. All other
-compiled functions of mmcv are noted as not counted.
+mmcv's deformable operators and its RoIAlign are counted by the formulas of their counterparts in
+``mmdeform.ops``, on every device and whichever kernels run, mmcv's or, with
+``mmdeform.accelerate``, ours. All other compiled functions of mmcv are noted as not counted.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from dataclasses import dataclass
+from functools import wraps
 from types import BuiltinFunctionType
 from typing import Any
 
@@ -30,7 +31,7 @@ def _conv(call: dict[str, Any], output: Tensor) -> tuple:
     return call["input"].shape, offset, mask_shape, call["weight"].shape
 
 
-def _attention(call: dict[str, Any], output: Tensor) -> tuple:
+def _attend(call: dict[str, Any], output: Tensor) -> tuple:
     return call["value"].shape, None, None, call["sampling_locations"].shape
 
 
@@ -40,14 +41,45 @@ def _roi_pool(call: dict[str, Any], output: Tensor) -> tuple:
     return call["input"].shape, call["rois"].shape, None, None, size, call["spatial_scale"], ratio
 
 
-# Module of mmcv.ops, name in it, operator of ours, what its formula wants to know of a call.
-_CALLS: tuple[tuple[str, str, str, Callable[[dict[str, Any], Tensor], tuple]], ...] = (
-    ("deform_conv", "DeformConv2dFunction", "deform_conv2d", _conv),
-    ("modulated_deform_conv", "ModulatedDeformConv2dFunction", "deform_conv2d", _conv),
-    ("multi_scale_deform_attn", "MultiScaleDeformableAttnFunction", "ms_deform_attn", _attention),
-    ("multi_scale_deform_attn", "multi_scale_deformable_attn_pytorch", "ms_deform_attn", _attention),
-    ("deform_roi_pool", "DeformRoIPoolFunction", "deform_roi_pool", _roi_pool),
-)  # fmt: skip
+@dataclass(frozen=True)
+class _Call:
+    """A function of mmcv that is counted.
+
+    Attributes:
+        module, name: Where it is, below ``mmcv.ops``; of an autograd function its ``forward``.
+        label: Under which name it is counted.
+        operator: Of ``mmdeform.ops``, by whose formula it is counted.
+        arguments: What that formula wants to know of a call and its output.
+    """
+
+    module: str
+    name: str
+    label: str
+    operator: str
+    arguments: Callable[[dict[str, Any], Tensor], tuple]
+
+
+_ATTENTION = ("mmcv.ms_deform_attn", "ms_deform_attn", _attend)
+_CALLS = (
+    _Call("deform_conv", "DeformConv2dFunction", "mmcv.deform_conv2d", "deform_conv2d", _conv),
+    _Call(
+        "modulated_deform_conv",
+        "ModulatedDeformConv2dFunction",
+        "mmcv.deform_conv2d",
+        "deform_conv2d",
+        _conv,
+    ),
+    _Call("multi_scale_deform_attn", "MultiScaleDeformableAttnFunction", *_ATTENTION),
+    _Call("multi_scale_deform_attn", "multi_scale_deformable_attn_pytorch", *_ATTENTION),
+    _Call(
+        "deform_roi_pool",
+        "DeformRoIPoolFunction",
+        "mmcv.deform_roi_pool",
+        "deform_roi_pool",
+        _roi_pool,
+    ),
+    _Call("roi_align", "RoIAlignFunction", "mmcv.roi_align", "deform_roi_pool", _roi_pool),
+)
 
 
 @contextmanager
@@ -58,16 +90,16 @@ def watch_mmcv(counter: FlopCounter) -> Iterator[None]:
         counter: Runs in the same block.
     """
     with ExitStack() as stack:
-        for module_name, name, operator, arguments in _CALLS:
+        for call in _CALLS:
             # import_module: mmcv.ops has functions of the same names as its modules.
-            module = importlib.import_module(f"mmcv.ops.{module_name}")
-            owner = getattr(module, name)
-            counted = partial(_counted, counter, operator, arguments)
-            if inspect.isclass(owner):
-                forward = staticmethod(counted(owner.forward))
-                stack.enter_context(exchanged(owner, "forward", forward))
+            module = importlib.import_module(f"mmcv.ops.{call.module}")
+            function = getattr(module, call.name)
+            if inspect.isclass(function):
+                forward = staticmethod(_counted(counter, call, function.forward))
+                stack.enter_context(exchanged(function, "forward", forward))
             else:
-                stack.enter_context(exchanged(module, name, counted(owner)))
+                counted = _counted(counter, call, function)
+                stack.enter_context(exchanged(module, call.name, counted))
         extension = importlib.import_module("mmcv._ext")
         for name, function in vars(extension).items():
             if isinstance(function, BuiltinFunctionType):
@@ -76,28 +108,26 @@ def watch_mmcv(counter: FlopCounter) -> Iterator[None]:
         yield
 
 
-def _counted(
-    counter: FlopCounter, operator: str, arguments: Callable[..., tuple], function: Callable
-) -> Callable:
+def _counted(counter: FlopCounter, call: _Call, function: Callable) -> Callable:
     signature = inspect.signature(function)
+    formula = flop_registry[getattr(torch.ops.mmdeform, call.operator)]
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Tensor:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
         with counter.paused():
             output = function(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        formula = flop_registry[getattr(torch.ops.mmdeform, operator)]
-        counter.add(f"mmcv.{operator}", formula, *arguments(bound.arguments, output))
+        counter.add(call.label, formula, *call.arguments(bound.arguments, output))
         return output
 
-    return call
+    return run
 
 
 def _missed(counter: FlopCounter, name: str, function: Callable) -> Callable:
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         counter.miss(f"mmcv.{name}")
         return function(*args, **kwargs)
 
-    return call
+    return run
