@@ -240,20 +240,20 @@ def make_figure(result: Complexity, title: str, depth: int) -> plt.Figure:
     axis.margins(y=0.02)
     axis.set_xlim(0, 1.12 * max(left, default=1))
     axis.set_xlabel("GMACs (1 multiply-add = 1 MAC = 2 FLOPs)")
-    axis.set_title(title, fontsize=10, loc="left")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-def headline(report: dict[str, Any]) -> str:
-    """What was counted, of what, in words."""
+def headline(report: dict[str, Any]) -> tuple[str, str]:
+    """Of what something was counted, and how much, in words."""
     height, width = report["image_shape"]
     text = f"{report['model']}, image of {height} x {width}"
     if report["network_input_shape"] != report["image_shape"]:
         text += " (padded to {} x {})".format(*report["network_input_shape"])
-    return (
-        f"{text}: {report['macs'] / 1e9:.2f} GMACs = {report['flops'] / 1e9:.2f} GFLOPs, "
+    return text, (
+        f"{report['macs'] / 1e9:.2f} GMACs = {report['flops'] / 1e9:.2f} GFLOPs, "
         f"{report['parameters'] / 1e6:.2f} M parameters"
     )
 
@@ -350,14 +350,15 @@ def main(argv: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     picture = args.out.with_suffix(".png")
-    title = headline(report)
-    figure = make_figure(result, f"{args.config.stem}\n{title}", args.depth)
+    subject, amount = headline(report)
+    title = "\n".join((args.config.stem, subject, amount))
+    figure = make_figure(result, title, args.depth)
     figure.savefig(picture, dpi=DPI)
     plt.close(figure)
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # in files and pipes as wide as the tables need
-    console.print(title, soft_wrap=True)
+    console.print(f"{subject}: {amount}", soft_wrap=True, highlight=False)
     for table in tables(result, args.depth):
         console.print(table)
     for line in notes(report):

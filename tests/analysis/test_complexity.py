@@ -166,6 +166,26 @@ def test_what_cannot_be_counted_is_named() -> None:
     assert result.not_counted["aten.relu"] == 1
 
 
+class Tries(Calls):
+    """Goes on where a part of it fails."""
+
+    def __init__(self) -> None:
+        super().__init__(functional.relu)
+        self.bad, self.good = nn.Linear(3, 2), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.bad(x)
+        except RuntimeError:
+            return self.good(x) @ x.new_zeros(2, 7)
+
+
+def test_parts_that_fail() -> None:
+    result = complexity(Tries(), torch.zeros(1, 5))
+    macs = {part.name: part.macs for part in result.modules}
+    assert macs == {"": 10 + 14, "bad": 0, "good": 10}
+
+
 def test_products_that_torch_leaves_out() -> None:
     weight, vector = torch.rand(6, 5), torch.rand(5)
     assert complexity(Calls(functional.linear), weight, vector).total.macs == 30

@@ -36,6 +36,12 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files without a folder are written to one of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 def write(folder: Path, **settings) -> Path:
     path = folder / "config.py"
     Config(settings).dump(path)
@@ -121,7 +127,7 @@ def test_bars(tool: ModuleType) -> None:
     shares = [text.get_text() for text in axis.texts]
     assert shares == [f"{72 / 252:.1%}", f"{180 / 252:.1%}"]
     assert axis.get_xlim() == pytest.approx((0, 1.12 * 180e-9))
-    assert axis.get_title(loc="left") == "title"
+    assert figure.get_suptitle() == "title"
     plt.close(figure)
     figure = tool.make_figure(result, "title", depth=2)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]

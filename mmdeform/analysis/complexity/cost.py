@@ -92,8 +92,7 @@ def peak_bytes(
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers; what several names share counts once."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any]:
