@@ -90,7 +90,7 @@ def load(model: nn.Module, path: Path) -> None:
         ValueError: It has not.
     """
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location="cpu")
+        checkpoint = CheckpointLoader.load_checkpoint(str(path), "cpu", logger="silent")
         result = model.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=False)
     except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
         raise ValueError(f"{path} is no checkpoint of the model: {_last_line(error)}") from error
@@ -277,9 +277,9 @@ def notes(report: dict[str, Any]) -> list[str]:
         times, peak = report["latency_ms"], report["peak_bytes_beyond_weights"]
         where = report["device"]
         if where == "cpu":
-            where += f", {torch.get_num_threads()} threads"
+            where += f", threads: {torch.get_num_threads()}"
         lines.append(
-            f"latency on {where}: {times['median']:.1f} ms (quartiles "
+            f"latency ({where}): {times['median']:.1f} ms (quartiles "
             f"{times['first_quartile']:.1f} and {times['third_quartile']:.1f}, "
             f"{len(times['runs'])} runs, batch 1)"
         )

@@ -102,7 +102,7 @@ def test_a_detector(tool: ModuleType, detector: Path, tmp_path: Path, capsys) ->
     assert f"roi_head StandardRoIHead {modules['roi_head']['macs'] / 1e9:.4f}" in output
     assert "RoIs given to the RoI heads: 7 in roi_head.bbox_roi_extractor" in output
     assert "bbox_head" not in output.partition("operator")[0]  # --depth 1
-    assert "latency on cpu" in output and "2 runs" in output
+    assert "latency (cpu, threads: " in output and "2 runs" in output
     assert f"written to {out} and {out.with_suffix('.png')}" in output
     assert "not counted, no formula" not in output
     assert "no checkpoint" not in output
