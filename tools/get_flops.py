@@ -69,14 +69,14 @@ def build_model(
         cfg = Config.fromfile(config)
         cfg.merge_from_dict(options or {})
     except Exception as error:  # whatever the code in a config raises
-        raise ValueError(f"{config} cannot be read: {_last_line(error)}") from error
+        raise ValueError(f"{config} cannot be read: {_brief(error)}") from error
     if cfg.get("model") is None:
         raise ValueError(f"{config} has no model")
     init_default_scope(cfg.get("default_scope") or "mmdet")
     try:
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
     except Exception as error:
-        raise ValueError(f"{config}: its model cannot be built: {_last_line(error)}") from error
+        raise ValueError(f"{config}: its model cannot be built: {_brief(error)}") from error
     if checkpoint is not None:
         load(model, checkpoint)
     model.eval()  # returns nothing in mmdet's backbones
@@ -93,7 +93,7 @@ def load(model: nn.Module, path: Path) -> None:
         checkpoint = CheckpointLoader.load_checkpoint(str(path), "cpu", logger="silent")
         result = model.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=False)
     except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
-        raise ValueError(f"{path} is no checkpoint of the model: {_last_line(error)}") from error
+        raise ValueError(f"{path} is no checkpoint of the model: {_brief(error)}") from error
     if result.missing_keys:
         raise ValueError(
             f"{path} lacks {len(result.missing_keys)} weights of the model, "
@@ -101,8 +101,8 @@ def load(model: nn.Module, path: Path) -> None:
         )
 
 
-def _last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+def _brief(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip().splitlines()[0]
 
 
 def examine(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], Complexity]:
@@ -138,7 +138,7 @@ def examine(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any
             advice = "; meta is for models that never look at values" * (device.type == "meta")
             raise ValueError(
                 f"{type(model).__name__} does not run on {args.device} in mode {args.mode} with "
-                f"an image of {shape[0]} x {shape[1]}: {_last_line(error)}{advice}"
+                f"an image of {shape[0]} x {shape[1]}: {_brief(error)}{advice}"
             ) from error
         report |= count_report(result) | dict(rois=rois)
         if args.latency:
@@ -263,10 +263,11 @@ def notes(report: dict[str, Any]) -> list[str]:
     lines = []
     if report["trainable_parameters"] != report["parameters"]:
         lines.append(f"trainable: {report['trainable_parameters'] / 1e6:.2f} M parameters")
-    if report["rois"]:
-        source = "of the RPN" if report["proposals"] is None else "given to the RoI heads"
-        counts = ", ".join(f"{count} in {name}" for name, count in report["rois"].items())
-        lines.append(f"RoIs {source}: {counts}")
+    counts = ", ".join(f"{count} in {name}" for name, count in report["rois"].items())
+    if report["proposals"] is not None:
+        lines.append(f"boxes given to the RoI heads: {report['proposals']}")
+    if counts:
+        lines.append(f"features pooled for RoIs: {counts}")
     if report["calls_not_counted"]:
         calls = ", ".join(
             f"{name} ({count} calls)" for name, count in report["calls_not_counted"].items()

@@ -100,7 +100,8 @@ def test_a_detector(tool: ModuleType, detector: Path, tmp_path: Path, capsys) ->
     gmacs = f"{report['macs'] / 1e9:.2f} GMACs = {report['flops'] / 1e9:.2f} GFLOPs"
     assert f"MaskRCNN, image of 50 x 90 (padded to 64 x 96): {gmacs}" in output
     assert f"roi_head StandardRoIHead {modules['roi_head']['macs'] / 1e9:.4f}" in output
-    assert "RoIs given to the RoI heads: 7 in roi_head.bbox_roi_extractor" in output
+    assert "boxes given to the RoI heads: 7 " in output
+    assert "features pooled for RoIs: 7 in roi_head.bbox_roi_extractor, 7 in roi" in output
     assert "bbox_head" not in output.partition("operator")[0]  # --depth 1
     assert "latency (cpu, threads: " in output and "2 runs" in output
     assert f"written to {out} and {out.with_suffix('.png')}" in output
@@ -146,7 +147,9 @@ def test_a_prediction_names_what_is_not_counted(
     calls = report["calls_not_counted"]["mmcv.nms"]
     output = capsys.readouterr().out
     assert f"mmcv.nms ({calls} calls)" in output
-    assert f"RoIs of the RPN: {report['rois']['roi_head.bbox_roi_extractor']} in" in output
+    boxes = report["rois"]["roi_head.bbox_roi_extractor"]
+    assert f"features pooled for RoIs: {boxes} in roi_head.bbox_roi_extractor" in output
+    assert "boxes given" not in output
     assert "latency" not in output and "latency_ms" not in report
 
 
@@ -235,6 +238,8 @@ def test_files_that_do_not_fit_are_refused(
     broken.write_text("model = dict(")
     assert_refused(tool, capsys, "broken.py cannot be read: SyntaxError", broken)
     assert_refused(tool, capsys, "is no checkpoint of the model", backbone, broken)
+    broken.write_text("custom_imports = dict(imports=['nonsense'])\nmodel = dict()")
+    assert_refused(tool, capsys, "cannot be read: ImportError", broken)
     empty = tmp_path / "empty.py"
     empty.write_text("lr = 1")
     assert_refused(tool, capsys, "empty.py has no model", empty)
