@@ -152,8 +152,8 @@ def main() -> None:
         layers = run(args)
     except ValueError as error:
         parser.error(str(error))
-    console = Console()
-    console.print(table_of(layers))
+    # Narrow terminals break lines; numbers are not cut off.
+    Console(width=max(100, Console().width)).print(table_of(layers))
     print(f"written to {args.out} and {args.out.with_suffix('.json')}")
 
 
