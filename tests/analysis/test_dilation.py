@@ -27,6 +27,7 @@ from mmdeform.analysis.recording import record
 from mmdeform.layers import (
     DCNv3,
     DCNv4,
+    DeformableAttention2d,
     DeformConv2d,
     DeformConv2dPack,
     ModulatedDeformConv2dPack,
@@ -218,6 +219,7 @@ class Stretched(nn.Module):
         self(images.expand(self.copies, -1, -1, -1))
 
     def forward(self, inputs: Tensor) -> None:
+        self.graph = torch.is_grad_enabled()
         stem = self.stem(inputs[:, [0, 0, 1, 2]])
         for map in (stem, self.pool(stem)):
             stretch = 1 + stretches(*map.shape[2:])
@@ -249,6 +251,7 @@ def model() -> Stretched:
 def test_filters_are_where_they_are_in_the_image(model: Stretched, info: dict) -> None:
     measured = EffectiveDilation(model, sizes=(5, 8.5))
     measured.add_image(info)
+    assert not model.graph
     assert measured.names == ["layer"] and measured.objects == dict(small=1, medium=1, large=1)
     first, second = measured.rows()
     assert (first.layer, first.call, second.call) == ("layer", 0, 1)
@@ -318,6 +321,7 @@ def test_what_cannot_be_measured(model: Stretched, info: dict) -> None:
 def test_models_without_deformable_convolutions() -> None:
     layers = dict(
         attention=MultiScaleDeformableAttention(8, 1, num_levels=1),
+        dat=DeformableAttention2d(8, 1, kernel_size=3),
         points=DeformConv2d(4, 4, 1),
         conv=DeformConv2d(4, 4, 3),
     )

@@ -91,7 +91,7 @@ def test_of_a_detector(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    out = tmp_path / "new" / "dilation.png"
+    out = tmp_path / "new" / "folder" / "dilation.png"
     run(tool, monkeypatch, *files, "--out", out, "--sizes", 15, 40)
     picture = cv2.imread(str(out))
     assert picture is not None and picture.std() > 5
