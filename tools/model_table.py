@@ -27,10 +27,10 @@ INTRODUCTION = f"""# Models
 
 Written by `python {Path(__file__).relative_to(ROOT)}`.
 
-Figures without a mark come from one run on the CPU with the generated data set of shapes, seed 0.
-Those with \\* were published elsewhere, for the same model with other operators, and not reproduced
-here: the README of each family says by whom. Parameters are counted here, in millions, with frozen
-ones and without buffers.
+Figures without a mark come from one run on the CPU, with seed 0, on the generated data set of
+shapes or on BCCD. Those with \\* were published elsewhere, for the same model with other operators,
+and not reproduced here: the README of each family says by whom. Parameters are counted here, in
+millions, with frozen ones and without buffers.
 """
 
 
@@ -60,7 +60,7 @@ def metrics(model: dict[str, Any]) -> str:
     """All figures of a model in one cell."""
     cells = []
     for result in model.get("Results", []):
-        mark = "" if result["Dataset"] == "shapes" else "\\*"
+        mark = "" if result["Dataset"] in ("shapes", "BCCD") else "\\*"
         cells += [f"{name} {value}{mark}" for name, value in result["Metrics"].items()]
     return ", ".join(cells) or "-"
 

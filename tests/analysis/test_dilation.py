@@ -216,11 +216,11 @@ class Stretched(nn.Module):
 
     def test_step(self, batch: dict) -> None:
         images = nn.functional.pad(batch["inputs"][0][None].float(), (0, 8, 0, 8))
-        self(images.expand(self.copies, -1, -1, -1))
+        self(images)
 
     def forward(self, inputs: Tensor) -> None:
         self.graph = torch.is_grad_enabled()
-        stem = self.stem(inputs[:, [0, 0, 1, 2]])
+        stem = self.stem(inputs[:, [0, 0, 1, 2]]).expand(self.copies, -1, -1, -1)
         for map in (stem, self.pool(stem)):
             stretch = 1 + stretches(*map.shape[2:])
             taps = (square() - torch.tensor([20, 10])).flip(-1).flatten()  # (y, x)
@@ -299,7 +299,7 @@ def test_images_add_up(model: Stretched, info: dict) -> None:
 def test_what_cannot_be_measured(model: Stretched, info: dict) -> None:
     measured = EffectiveDilation(model)
     model.copies = 2
-    with pytest.raises(ValueError, match="layer read 2 maps for one image; they are of RoIs"):
+    with pytest.raises(ValueError, match="layers: layer reads maps of RoIs"):
         measured.add_image(info)
     model.copies, model.shift = 1, float("nan")
     with pytest.raises(ValueError, match=r"offsets of layer are not finite on .*image\.png"):

@@ -119,6 +119,27 @@ def test_swin_merges_patches() -> None:
     assert tracer.grid_of((8, 4)) == PixelGrid((8, 8), (3.5, 3.5))
 
 
+@pytest.mark.parametrize("size", [64, 61, 50])
+def test_odd_maps_are_padded_to_patches(size: int) -> None:
+    class Patches(nn.Module):
+        """As Swin makes them: right and below there may be padding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([conv(4, 4, 0), conv(2, 2, 0), conv(2, 2, 0)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                step = layer.stride[0]
+                x = layer(nn.functional.pad(x, (0, -x.shape[3] % step, 0, -x.shape[2] % step)))
+            return x
+
+    model, tracer = Patches(), GridTracer()
+    with tracer.attached(model):
+        output = model(torch.ones(1, 1, size + 3, size))
+    assert tracer.grid_of((output.shape[3], output.shape[2])) == PixelGrid((16, 16), (7.5, 7.5))
+
+
 def test_other_sizes_cover_the_image() -> None:
     model = nn.Sequential(*MODELS["unequal"][0])
     tracer = GridTracer()

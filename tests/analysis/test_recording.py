@@ -365,6 +365,23 @@ def test_calls_by_name_kind_and_pattern() -> None:
         pass
 
 
+def test_maps_of_rois_have_no_place() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = DeformConv2dPack(2, 2, 3, padding=1)
+            self.head = nn.ModuleList([DeformConv2dPack(2, 2, 3), DeformableAttention2d(2, 1)])
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            rois = self.body(inputs)[:1].repeat(5, 1, 1, 1)
+            return [layer(rois) for layer in self.head]
+
+    model = Head()
+    with record(model) as recording:
+        model(torch.zeros(2, 2, 8, 8))
+    assert recording.names == ["body"] and recording.without_place == ["head.0", "head.1"]
+
+
 def test_hooks_are_gone_after_an_error() -> None:
     model = Mixed()
     with pytest.raises(ZeroDivisionError), record(model):

@@ -84,6 +84,11 @@ class EffectiveDilation:
         ignored = np.array([instance.get("ignore_flag", 0) for instance in instances], bool)
         with torch.no_grad(), record(self.model, self.names) as recording:
             self.model.test_step(picture.batch)
+        if recording.without_place:
+            raise ValueError(
+                f"layers: {recording.without_place[0]} reads maps of RoIs, whose pixels have no "
+                "place in the image; leave it out"
+            )
         for name in recording.names:
             for number, call in enumerate(recording.calls(name)):
                 self._add_call(call, number, picture, boxes, ignored)
@@ -104,11 +109,6 @@ class EffectiveDilation:
         ignored: np.ndarray,
     ) -> None:
         locations, grid = call.sampling.locations, call.sampling.grid
-        if len(locations) != 1:
-            raise ValueError(
-                f"layers: {call.name} read {len(locations)} maps for one image; they are of RoIs, "
-                "whose pixels have no place in the image. Leave it out"
-            )
         pairs = adjacent_taps(grid[0, 0, :, 0, 0])
         stride = np.divide(call.map_grid.stride, picture.scale)
         in_map, in_image = (

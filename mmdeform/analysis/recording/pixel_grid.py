@@ -1,6 +1,6 @@
 """Where the pixels of a feature map lie in the image it was computed from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,15 +70,18 @@ class GridTracer:
     keys at once; of layers that lead from one size to the same other one, such as a convolution and
     its shortcut, the first. What a deformable layer has inside is not on the way to anything.
 
-    A map whose size is not reached like this, because something was sliced, padded or cropped, is
-    taken to cover the image edge to edge: see :func:`normalized_grid`.
+    A map that was padded to the right and below, by less than a stride, is recognised: patches are
+    made of odd maps like this. A map whose size is not reached, because something was sliced or
+    cropped, is taken to cover the image edge to edge: see :func:`normalized_grid`.
 
     Attributes:
         image_size: (width, height) of the images of the last forward pass; None before it.
+        images: How many they were.
     """
 
     def __init__(self) -> None:
         self.image_size: Size | None = None
+        self.images = 0
         self._steps: dict[Size, dict[Size, _Window]] = {}
 
     @contextmanager
@@ -102,9 +105,10 @@ class GridTracer:
         depth, grids = {self.image_size: 0}, {self.image_size: PixelGrid()}
         for before in sorted(self._steps, key=lambda size: -size[0] * size[1]):
             for after, window in self._steps[before].items():
-                if before in grids and depth[before] + 1 > depth.get(after, 0):
-                    depth[after] = depth[before] + 1
-                    grids[after] = grids[before].of_windows(*window)
+                source = _unpadded(before, grids, stride=window[1])
+                if source is not None and depth[source] + 1 > depth.get(after, 0):
+                    depth[after] = depth[source] + 1
+                    grids[after] = grids[source].of_windows(*window)
         return grids.get(map_size) or normalized_grid(map_size, self.image_size)
 
     def _see_images(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -115,6 +119,7 @@ class GridTracer:
                 f"(N, C, H, W), got {type(images).__name__}"
             )
         self.image_size = (images.shape[3], images.shape[2])
+        self.images = len(images)
         self._steps.clear()
 
     def _see_layer(
@@ -138,6 +143,16 @@ class GridTracer:
 
 _Window = tuple[Size, Size, Size, Size]  # kernel, stride, padding, dilation; each (x, y)
 _WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Unfold)
+
+
+def _unpadded(size: Size, known: Iterable[Size], stride: Size) -> Size | None:
+    """The known map of this size, or the largest that is smaller by less than a stride."""
+    candidates = [
+        other
+        for other in known
+        if all(0 <= side - o < step for side, o, step in zip(size, other, stride, strict=True))
+    ]
+    return max(candidates, key=sum, default=None)
 
 
 def _windowed_layers(model: nn.Module) -> Iterator[nn.Module]:

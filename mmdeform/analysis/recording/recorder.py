@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmdeform.layers.sampling import Sampling, call_arguments, deformable_layers, sampled
+from mmdeform.layers.sampling import call_arguments, deformable_layers, sampled
 
 from .calls import LayerCall, call_of
 from .pixel_grid import GridTracer
@@ -20,10 +20,16 @@ class Recording(Sequence[LayerCall]):
     ``recording[i]`` is the i-th call, ``recording[name]`` the last call of a layer,
     ``recording.calls(name)`` all of a layer: a head that all levels share is called for each level,
     RoI pooling once for each level that has RoIs.
+
+    Attributes:
+        without_place: Names of layers that ran on maps of which there were not as many as images,
+            in a mask head for example: those of RoIs. Their pixels have no place in the image that
+            the layer knows of, so that these calls are not recorded.
     """
 
     def __init__(self) -> None:
         self._calls: list[LayerCall] = []
+        self.without_place: list[str] = []
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -84,8 +90,11 @@ def record(model: nn.Module, layers: str | Sequence[str] = "**") -> Iterator[Rec
 
     def see(name: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = call_arguments(layer, args, kwargs)
-        sampling: Sampling = sampled(layer, args, kwargs)
-        recording._calls.append(call_of(layer, name, _detached(inputs), sampling, tracer))
+        call = call_of(layer, name, _detached(inputs), sampled(layer, args, kwargs), tracer)
+        if call.kind in ("convolution", "keys") and len(call.locations) != tracer.images:
+            recording.without_place.append(name)
+        else:
+            recording._calls.append(call)
 
     with tracer.attached(model):
         handles = [
