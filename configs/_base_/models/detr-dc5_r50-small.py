@@ -3,7 +3,6 @@
 embed_dims = 128
 # Dropout as there: on what attention adds to the encoder's pixels and on cross attention.
 attention = dict(embed_dims=embed_dims, num_heads=8, proj_drop=0.1, batch_first=True)
-ffn = dict(embed_dims=embed_dims, feedforward_channels=256, ffn_drop=0.0)
 model = dict(
     type="DETR",
     num_queries=50,
@@ -37,14 +36,20 @@ model = dict(
         norm_cfg=dict(type="GN", num_groups=32),
         num_outs=1,
     ),
-    encoder=dict(num_layers=3, layer_cfg=dict(self_attn_cfg=attention, ffn_cfg=ffn)),
+    encoder=dict(
+        num_layers=3,
+        layer_cfg=dict(
+            self_attn_cfg=attention,
+            ffn_cfg=dict(embed_dims=embed_dims, feedforward_channels=256, ffn_drop=0.0),
+        ),
+    ),
     decoder=dict(
         num_layers=3,
         return_intermediate=True,
         layer_cfg=dict(
             self_attn_cfg=dict(embed_dims=embed_dims, num_heads=8, batch_first=True),
             cross_attn_cfg=attention,
-            ffn_cfg=ffn,
+            ffn_cfg=dict(embed_dims=embed_dims, feedforward_channels=256, ffn_drop=0.0),
         ),
     ),
     positional_encoding=dict(num_feats=embed_dims // 2, normalize=True),
