@@ -142,7 +142,7 @@ def attention_layers(model: nn.Module, layers: str | Sequence[str] = "**") -> di
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         parts = name.split(".")
-        inner = any(".".join(parts[:end]) in found for end in range(1, len(parts)))
+        inner = any(".".join(parts[:end]) in found for end in range(len(parts)))
         if is_attention(module) and not inner:
             found[name] = module
     if not found:
