@@ -16,9 +16,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mmdet.registry import DATASETS, MODELS
-from mmengine import Config, DictAction
-from mmengine.registry import init_default_scope
+from mmengine import DictAction
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -26,36 +24,25 @@ from rich.table import Table
 import mmdeform  # noqa: F401  (configs may inherit from mmdeform::)
 from mmdeform.analysis.attention import attention_layers
 from mmdeform.analysis.attention.checkpoints import find_checkpoints, order_checkpoints
+from mmdeform.analysis.attention.detector import build_detector, first_samples
 from mmdeform.analysis.attention.drawing import draw_sparsity
 from mmdeform.analysis.attention.run import MEASURES, CheckpointSparsity, measure_run, summary
 
 
-def load_samples(cfg: Config, data: str, images: int) -> tuple[list[dict], list[str]]:
-    """The first images of a data set, prepared, and their names."""
-    loader = cfg.get(f"{data}_dataloader")
-    if not loader:
-        raise ValueError(f"{cfg.filename} has no {data}_dataloader")
-    dataset = DATASETS.build(loader.dataset)
-    if images > len(dataset):
-        raise ValueError(f"--images must be at most {len(dataset)}, the size of the {data} set")
-    names = [str(dataset.get_data_info(index)["img_path"]) for index in range(images)]
-    return [dataset[index] for index in range(images)], names
-
-
 def table_of(measured: CheckpointSparsity) -> Table:
     """The layers with the weights of one checkpoint."""
-    table = Table(title=f"attention after {measured.checkpoint.path.name}")
-    table.add_column("layer")
-    table.add_column("kind")
-    for name in ("queries", "keys", "negative entropy", "entropy / log n"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"attention with {measured.checkpoint.path.name}")
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    for name in ("queries", "keys n", "negative\nentropy", "entropy\n/ log n"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, layer in measured.layers.items():
-        keys = {str(layer.fewest_keys), str(layer.most_keys)}
+        keys = sorted({layer.fewest_keys or 0, layer.most_keys or 0})
         table.add_row(
             name,
             layer.kind,
             str(layer.queries),
-            " - ".join(sorted(keys, key=len)),
+            " - ".join(map(str, keys)),
             f"{layer.mean.negative_entropy:.3f}",
             f"{layer.mean.normalised_entropy:.3f}",
         )
@@ -64,15 +51,10 @@ def table_of(measured: CheckpointSparsity) -> Table:
 
 def measure(args: argparse.Namespace) -> list[CheckpointSparsity]:
     """Does what the top of this file says. Returns what it measured."""
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
-    if not cfg.get("model"):
-        raise ValueError(f"{args.config} has no model")
-    init_default_scope(cfg.get("default_scope", "mmdet"))
-    model = MODELS.build(cfg.model).to(args.device).eval()
+    model = build_detector(args.config, args.cfg_options, args.device)
     attention_layers(model, args.layers)  # an error before anything is read
     checkpoints = order_checkpoints(find_checkpoints(args.checkpoints), model)
-    samples, names = load_samples(cfg, args.data, args.images)
+    samples, names = first_samples(model.cfg, args.data, args.images)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measure", total=len(checkpoints) * len(samples))
         measured = measure_run(
@@ -109,8 +91,6 @@ def main() -> None:
     args = parser.parse_args()
     if not args.config.is_file():
         parser.error(f"{args.config} does not exist")
-    if args.images < 1:
-        parser.error(f"--images must be at least 1, but got {args.images}")
     try:
         measured = measure(args)
     except (ValueError, FileNotFoundError) as error:

@@ -1,6 +1,5 @@
 """Curves of sparsity, drawn without a graphical backend."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +51,7 @@ def draw_sparsity(measured: Sequence[CheckpointSparsity]) -> Figure:
         _add_legend(axes[1], names)
     for axis, label in zip(grid[:, 0], LABELS.values(), strict=True):
         axis.set_ylabel(label)
+    figure.suptitle("thick: layers, thin: their heads, dotted: uniform attention", fontsize=9)
     return figure
 
 
@@ -99,8 +99,8 @@ def _describe(layers: Sequence[LayerSparsity]) -> str:
 def _add_legend(axis: Axes, names: Sequence[str]) -> None:
     """Names the layers, under the axis; of many the first, the last and some between."""
     parts = [name.split(".") for name in names]
-    start = len(os.path.commonprefix(parts))
-    end = len(os.path.commonprefix([part[::-1] for part in parts]))
+    start = _common(parts)
+    end = _common([part[::-1] for part in parts])
     if len(names) == 1:
         start, end = 0, 0
     title = ".".join(parts[0][:start]) or None
@@ -118,3 +118,9 @@ def _add_legend(axis: Axes, names: Sequence[str]) -> None:
         bbox_to_anchor=(0.5, -0.2),
         frameon=False,
     )
+
+
+def _common(names: Sequence[Sequence[str]]) -> int:
+    """How many parts all names have in common, from the first."""
+    same = [len(set(parts)) == 1 for parts in zip(*names, strict=False)]
+    return same.index(False) if False in same else len(same)

@@ -16,12 +16,12 @@ __all__ = ["MEASURES", "CheckpointSparsity", "measure_run", "summary"]
 
 MEASURES = {
     "negative_entropy": (
-        "mean over the queries i of sum_j a_ij log a_ij (natural logarithm), as in arXiv 2011.10881: "
-        "-log n if a query attends to its n keys alike, 0 if it attends to one"
+        "mean over the queries i of sum_j a_ij log a_ij, natural logarithm, as in arXiv 2011.10881:"
+        " -log n if a query attends to its n keys alike, 0 if it attends to one"
     ),
     "normalised_entropy": (
-        "mean over the queries of their entropy / log n, for the n keys that are not masked: 1 if a "
-        "query attends to them alike, 0 if it attends to one; null if every query has one key"
+        "mean over the queries of their entropy / log n, for n keys that are not masked: 1 if a"
+        " query attends to them alike, 0 if it attends to one; null if no query has several keys"
     ),
 }
 
