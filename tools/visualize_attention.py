@@ -37,8 +37,9 @@ def look(config: Path, checkpoint: Path, args: argparse.Namespace) -> tuple[np.n
     """The image, and what a detector sees in it."""
     model = build_detector(config, args.cfg_options, args.device)
     load_weights(model, checkpoint)
+    layers = attention_layers(model, ["encoder.**", "decoder.**"])
     image, sample = image_sample(model.cfg, args.image)
-    view = view_image(model, sample, attention_layers(model, ["encoder.**", "decoder.**"]))
+    view = view_image(model, sample, layers)
     scale = sample["data_samples"].get("scale_factor", (1.0, 1.0))
     name = type(model).__name__ if args.compare else ""
     return image, Subject(name, view, (float(scale[0]), float(scale[1])), class_names(model.cfg))

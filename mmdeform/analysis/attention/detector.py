@@ -37,7 +37,8 @@ def build_detector(
     if not cfg.get("model"):
         raise ValueError(f"{config} has no model")
     init_default_scope(cfg.get("default_scope", "mmdet"))
-    model = MODELS.build(copy.deepcopy(cfg.model)).to(device).eval()
+    model = MODELS.build(copy.deepcopy(cfg.model)).to(device)
+    model.eval()  # mmdet's ResNet returns nothing
     model.cfg = cfg
     return model
 
@@ -73,11 +74,13 @@ def image_sample(cfg: Config, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """An image, shape (H, W, 3), RGB, and what the test pipeline of a detector makes of it.
 
     Raises:
-        ValueError: The file is no image.
+        ValueError: The file is no image, or the config has no test pipeline.
     """
     from mmcv.transforms import Compose
     from mmdet.utils import get_test_pipeline_cfg
 
+    if not cfg.get("test_dataloader"):
+        raise ValueError(f"{cfg.filename} has no test_dataloader with a pipeline for images")
     image = cv2.imread(str(path))
     if image is None:
         raise ValueError(f"{path} is no image that OpenCV can read")
