@@ -33,6 +33,7 @@ from mmdeform.layers import (
 N, LQ, NK, C, M = 2, 5, 7, 8, 2
 PADDING = torch.arange(NK) >= torch.tensor([[5], [6]])  # (N, NK)
 APART = (torch.arange(LQ)[:, None] + torch.arange(NK)) % 3 == 0  # (LQ, NK)
+EACH_ITS_OWN = torch.stack([APART.roll(head, 1) for head in range(N * M)])  # (N * M, LQ, NK)
 FAR = torch.zeros(N, NK).masked_fill(PADDING, -torch.inf)
 
 
@@ -71,7 +72,7 @@ class Spy:
         (dict(kdim=6, vdim=3), dict(attn_mask=APART)),
         (dict(bias=False), dict(attn_mask=torch.linspace(-1, 1, LQ * NK).view(LQ, NK))),
         (dict(add_bias_kv=True, add_zero_attn=True), dict(key_padding_mask=PADDING)),
-        (dict(add_zero_attn=True), dict(attn_mask=APART.repeat(N * M, 1, 1).roll(1))),
+        (dict(add_zero_attn=True), dict(attn_mask=EACH_ITS_OWN)),
         (dict(dropout=0.5), dict(key_padding_mask=FAR)),
         (dict(), dict(key_padding_mask=PADDING, attn_mask=APART)),
     ],
