@@ -1,6 +1,7 @@
 """Negative entropy of attention whose entropy is known."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from mmdeform.analysis.attention import (
     negative_entropy,
     record_sparsity,
 )
+from mmdeform.analysis.attention.checkpoints import Checkpoint
+from mmdeform.analysis.attention.run import measure_run, summary
 from mmdeform.layers import DCNv3, MultiScaleDeformableAttention
 
 C, M = 8, 2
@@ -165,3 +168,30 @@ def test_deformable_attention_and_taps_start_uniform() -> None:
     taps = measure(DCNv3(C, C, 3, padding=1, group=M), (torch.randn(2, C, 4, 5),))
     assert (taps.kind, taps.queries, len(taps.heads)) == ("taps", 40, M)
     assert values(taps.mean) == pytest.approx((-math.log(9), 1))
+
+
+class Predictor(nn.Module):
+    """Predicts with one of its two attention layers, to a single key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = uniform_attention(), uniform_attention()
+
+    def test_step(self, batch: Tensor) -> None:
+        for x in batch:
+            self.used(x, x, x)
+
+
+def test_runs_are_summarised(tmp_path: Path) -> None:
+    model = Predictor()
+    torch.save(model.state_dict(), tmp_path / "epoch_1.pth")
+    checkpoints = [Checkpoint(tmp_path / "epoch_1.pth", 1)]
+    samples = [torch.zeros(1, 1, C)]
+    (one,) = summary(measure_run(model, checkpoints, samples))
+    assert list(one["layers"]) == ["used"]
+    # JSON has no NaN.
+    assert one["layers"]["used"]["heads"] == [
+        dict(negative_entropy=0.0, normalised_entropy=None) for _ in range(M)
+    ]
+    with pytest.raises(ValueError, match="none of the layers runs in a prediction: unused"):
+        measure_run(model, checkpoints, samples, "unused")

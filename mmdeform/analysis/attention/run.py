@@ -52,7 +52,8 @@ def measure_run(
         advance: Called after each image.
 
     Raises:
-        ValueError: See :func:`attention_layers` and :func:`load_weights`.
+        ValueError: None of the layers runs, or see :func:`attention_layers` and
+            :func:`load_weights`.
     """
     chosen = attention_layers(model, layers)
     measured = []
@@ -62,6 +63,8 @@ def measure_run(
             for sample in samples:
                 model.test_step(pseudo_collate([sample]))
                 advance()
+        if not record:
+            raise ValueError(f"none of the layers runs in a prediction: {', '.join(chosen)}")
         measured.append(CheckpointSparsity(checkpoint, record))
     return measured
 
