@@ -28,7 +28,9 @@ def test_a_folder_stands_for_its_checkpoints(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = find_checkpoints([tmp_path])
     assert sorted(path.name for path in found) == sorted(names[:3])
-    again = find_checkpoints([tmp_path / names[3], tmp_path, tmp_path / "." / names[0]])
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    again = find_checkpoints([tmp_path / names[3], tmp_path, link / names[0], link])
     assert sorted(path.name for path in again) == sorted(names)
     with pytest.raises(FileNotFoundError, match="nothing does not exist"):
         find_checkpoints([tmp_path / "nothing"])
@@ -42,7 +44,7 @@ def test_order_is_that_of_training(tmp_path: Path) -> None:
     last = save(tmp_path / "a.pth", epoch=10, iter=1000)
     first = save(tmp_path / "epoch_9.pth", epoch=9, iter=90)
     middle = save(tmp_path / "iter_95.pth", epoch=9, iter=95)
-    assert order_checkpoints([last, first, middle], model) == [
+    assert order_checkpoints([last, middle, first], model) == [
         Checkpoint(first, 9, 90),
         Checkpoint(middle, 9, 95),
         Checkpoint(last, 10, 1000),
