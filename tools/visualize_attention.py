@@ -41,8 +41,8 @@ def look(config: Path, checkpoint: Path, args: argparse.Namespace) -> tuple[np.n
     image, sample = image_sample(model.cfg, args.image)
     view = view_image(model, sample, layers)
     scale = sample["data_samples"].get("scale_factor", (1.0, 1.0))
-    name = type(model).__name__ if args.compare else ""
-    return image, Subject(name, view, (float(scale[0]), float(scale[1])), class_names(model.cfg))
+    scale = (float(scale[0]), float(scale[1]))
+    return image, Subject(type(model).__name__, view, scale, class_names(model.cfg))
 
 
 def visualize(args: argparse.Namespace) -> int:

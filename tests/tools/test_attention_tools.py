@@ -399,8 +399,15 @@ def test_pictures_of_positions(
     # Pixels of the map cover 20 pixels of the image.
     assert [row["queries"][0]["query"] for row in report["rows"]] == [3, 9]
     assert [row["position"] for row in report["rows"]] == [[79, 0], [21, 45]]
+    assert [one["name"] for one in report["detectors"]] == ["DETR"]
     assert report["rows"][0]["queries"][0]["layer"] == "encoder.layers.1.self_attn"
     assert cv2.imread(str(out)).shape[1] == 3 * 520
+    compare = ("--query", 21, 45, "--compare", this.config, this.run / "epoch_1.pth")
+    run(visualize, this.config, this.last, image, "--out", out, *compare)
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert [one["name"] for one in report["detectors"]] == ["DETR 1", "DETR 2"]
+    first, second = report["rows"][0]["queries"]
+    assert first["map"] != second["map"]
 
     other = trained["deformable"]
     compare = ("--query", 21, 45, "--level", 1, "--compare", this.config, this.last)

@@ -19,7 +19,7 @@ class Subject:
     """A detector that looked at the image.
 
     Attributes:
-        name: For titles; empty if there is only one.
+        name: For titles, if there are several.
         view: What it saw.
         scale: (x, y) size of the image that it got relative to the image.
         classes: Names of its classes.
@@ -66,7 +66,7 @@ def detection_rows(
             if subject is not first:
                 same = subject.view.prediction_at(_times(box, subject.scale), found.label)
             layer = subject.view.last_layer("decoder cross")
-            panels += _panels(subject, layer, same.query, heads, same)
+            panels += _panels(subjects, subject, layer, same.query, heads, same)
             report["queries"].append(
                 _numbers(subject, layer, same.query) | _detection(subject, same)
             )
@@ -105,7 +105,7 @@ def position_rows(
             own_level = min(level, len(view.map_sizes) - 1) if len(subjects) > 1 else level
             query = view.pixel_query(*_times(position, subject.scale), own_level)
             layer = view.last_layer("encoder self")
-            panels += _panels(subject, layer, query, heads)
+            panels += _panels(subjects, subject, layer, query, heads)
             report["queries"].append(_numbers(subject, layer, query) | {"level": own_level})
         rows.append(Row(f"pixel ({position[0]:g}, {position[1]:g})", panels, point=position))
         reports.append(report)
@@ -113,6 +113,7 @@ def position_rows(
 
 
 def _panels(
+    subjects: Sequence[Subject],
     subject: Subject,
     layer: str,
     query: int,
@@ -120,7 +121,7 @@ def _panels(
     found: Prediction | None = None,
 ) -> list[Panel]:
     """Titles tell which of several detectors it is, and what it finds."""
-    title, box = subject.name, None
+    title, box = subject.name if len(subjects) > 1 else "", None
     if found:
         box = _divide(found.box, subject.scale)
         if title:
