@@ -1,6 +1,6 @@
-# DETR of the size of deformable-detr_r50-small: the same backbone, channels, queries, layers, losses
-# and costs. It attends to all pixels of one map, C5 at stride 16 (dilated), where the other samples
-# C3 to C5.
+# DETR of the size of deformable-detr_r50-small: the same backbone, channels, queries, layers, losses,
+# costs. It attends to all pixels of one map, C5 at stride 16 (dilated), where the other samples C3
+# to C5.
 embed_dims = 128
 # Dropout as there: on what attention adds to the encoder's pixels and on cross attention.
 attention = dict(embed_dims=embed_dims, num_heads=8, proj_drop=0.1, batch_first=True)
