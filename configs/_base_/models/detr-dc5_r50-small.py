@@ -1,4 +1,4 @@
-# DETR of the size of deformable-detr_r50-small: the same backbone, channels, queries, layers, losses,
+# DETR of the size of deformable-detr_r50-small: its backbone, channels, queries, layers, losses and
 # costs. It attends to all pixels of one map, C5 at stride 16 (dilated), where the other samples C3
 # to C5.
 embed_dims = 128
