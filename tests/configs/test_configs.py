@@ -51,7 +51,7 @@ COUNTERPARTS = sorted(
     for name in ("dcn", "dcnv2", "deformable_detr", "dino")
     for path in MMDET_CONFIGS.glob(f"{name}/*.py")
 )
-TRANSFORMERS = [path for path in CONFIGS if path.parent.name in ("deformable_detr", "dino")]
+TRANSFORMERS = [path for path in CONFIGS if path.parent.name in ("deformable_detr", "detr", "dino")]
 WITHOUT_PYRAMID = [p for p in CONFIGS if "_dc5_" in p.stem and p not in SMALL]
 PAPER = [p for p in TRANSFORMERS if p.stem.startswith("deformable") and p.stem.endswith("_coco")]
 # Millions of parameters of each config in the table of models.
