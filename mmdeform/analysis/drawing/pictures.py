@@ -1,0 +1,139 @@
+"""Pictures of what a detector's deformable layers sample: a figure for each kind of layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..detections import Place
+from ..recording import ConvolutionCall
+from ..scene import Scene
+from .attention import attention_panel, choose_attention
+from .canvas import Panel, assemble, rounded
+from .convolutions import choose_stack, convolution_panel
+from .keys import choose_keys, keys_panel
+from .roi_pooling import choose_pooling, roi_pooling_panel
+
+__all__ = ["Look", "Row", "draw", "panels_of"]
+
+DEPTH = 3
+
+
+@dataclass(frozen=True)
+class Look:
+    """What to show of the layers that were recorded.
+
+    Attributes:
+        chosen: Whether the recorded layers were chosen by name; otherwise those are shown that tell
+            most: see the ``choose_`` functions of the kinds.
+        depth: Deformable convolutions to look through. Default: 3, or as many as there are.
+        group: Deform group of convolutions, group of DAT's keys. Default: 0 of convolutions, all of
+            keys.
+        head: Head of attention. Default: all.
+    """
+
+    chosen: bool = False
+    depth: int | None = None
+    group: int | None = None
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"depth must be at least 1, but got {self.depth}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a figure: an image, or one layer's part of it.
+
+    Attributes:
+        scene: What the detector made of the image.
+        places: What each panel after the first looks at.
+        panels: The first gives an overview.
+    """
+
+    scene: Scene
+    places: Sequence[Place]
+    panels: Sequence[Panel]
+
+    def numbers(self) -> dict[str, Any]:
+        """What it shows, for JSON."""
+        panels = []
+        for place, panel in zip(self.places, self.panels[1:], strict=True):
+            box = None if place.box is None else rounded(place.box)
+            where = dict(name=place.name, position=rounded(place.position), box=box)
+            panels.append(dict(title=panel.title, place=where, **panel.numbers()))
+        picture = self.scene.picture
+        return dict(
+            image=str(picture.path),
+            size=list(picture.size),
+            **self.panels[0].numbers(),
+            panels=panels,
+        )
+
+
+def panels_of(
+    kind: str, scene: Scene, places: Sequence[Place], overview: Panel, look: Look = Look()
+) -> list[Row]:
+    """Rows of panels of one kind of layers for one image.
+
+    Args:
+        kind: One of :data:`mmdeform.analysis.scene.KINDS`.
+        scene: The image and what a detector made of it.
+        places: What to look at, a panel each.
+        overview: The first panel of each row.
+        look: What to show.
+
+    Raises:
+        ValueError: No layer of this kind ran, or it has not what is asked for.
+    """
+    calls = scene.calls(kind)
+    if kind == "convolution":
+        stack = _stack(calls, look)
+        columns = [[convolution_panel(scene, stack, place, look.group or 0) for place in places]]
+    elif kind == "roi_pooling":
+        calls = calls if look.chosen else choose_pooling(calls)
+        columns = [[roi_pooling_panel(scene, calls, place) for place in places]]
+    elif kind == "attention":
+        columns = [
+            [attention_panel(scene, call, place, look.head) for place in places]
+            for call in (_last(calls) if look.chosen else choose_attention(calls))
+        ]
+    else:
+        columns = [
+            [
+                keys_panel(
+                    scene.picture, call, place.position, place.name, look.head, look.group
+                )
+                for place in places
+            ]
+            for call in (_last(calls) if look.chosen else [choose_keys(calls)])
+        ]
+    return [Row(scene, places, [overview, *panels]) for panels in columns]
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """The figure of rows of one kind."""
+    return assemble([row.panels for row in rows])
+
+
+def _stack(calls: Sequence[ConvolutionCall], look: Look) -> list[ConvolutionCall]:
+    """The layers to look through."""
+    depth = DEPTH if look.depth is None else look.depth
+    if not look.chosen:
+        return choose_stack(calls, depth)
+    layers = _last(calls)
+    if look.depth is not None and look.depth > len(layers):
+        names = ", ".join(call.name for call in layers)
+        raise ValueError(
+            f"depth must be between 1 and the number of chosen convolutions, {len(layers)}, but got "
+            f"{look.depth}; chosen: {names}"
+        )
+    return layers[-depth:]
+
+
+def _last(calls: Sequence[Any]) -> list[Any]:
+    """The last call of each layer, in the order in which they ran."""
+    last = {call.name: call for call in calls}
+    return [call for call in calls if call is last[call.name]]
