@@ -60,12 +60,14 @@ def scenes(args: argparse.Namespace, model: Any, advance: Any) -> Iterator[tuple
         )
 
 
-def places_of(args: argparse.Namespace, scene: Scene, annotated: Annotated) -> list[Place]:
-    """What to look at in an image."""
+def places_of(
+    args: argparse.Namespace, scene: Scene, annotated: Annotated
+) -> tuple[list[Place], list[Place]]:
+    """What to look at in an image, and what where layers have RoIs or object queries."""
     chosen = [Place(f"({x:g}, {y:g})", (x, y)) for x, y in args.at]
     chosen += [place_of_query(scene.query_boxes, query) for query in args.query]
     if chosen:
-        return chosen
+        return chosen, chosen
     found = scene.detections(args.score)
     if not found:
         best = max((detection.score for detection in scene.detections()), default=None)
@@ -74,11 +76,9 @@ def places_of(args: argparse.Namespace, scene: Scene, annotated: Annotated) -> l
             f"{args.checkpoint} detects {there} in {scene.picture.path}, and --score is "
             f"{args.score:g}: lower it, or give positions --at"
         )
-    return [Place.of(detection) for detection in largest_objects(found, args.objects)] + [
-        place
-        for place in [background_place(scene.picture.size, found, annotated)]
-        if place is not None
-    ]
+    objects = [Place.of(detection) for detection in largest_objects(found, args.objects + 1)]
+    background = background_place(scene.picture.size, found, annotated)
+    return objects[: args.objects] + ([background] if background else []), objects
 
 
 def visualize(args: argparse.Namespace, progress: Progress, task: TaskID) -> list[Path]:
@@ -87,10 +87,11 @@ def visualize(args: argparse.Namespace, progress: Progress, task: TaskID) -> lis
     what = Look(bool(args.layers), args.depth, args.group, args.head)
     rows: dict[str, list[Row]] = {}
     for scene, annotated in scenes(args, model, lambda: progress.advance(task)):
-        places = places_of(args, scene, annotated)
+        places, objects = places_of(args, scene, annotated)
         for kind in args.kind or scene.kinds:
             overview = DetectionsPanel.of(scene, args.score)
-            rows.setdefault(kind, []).extend(panels_of(kind, scene, places, overview, what))
+            of_kind = panels_of(kind, scene, places, overview, what, objects)
+            rows.setdefault(kind, []).extend(of_kind)
     written = []
     progress.update(task, description="draw", completed=0, total=len(rows))
     for kind, of_kind in rows.items():
@@ -131,7 +132,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add("--group", type=int, help="group of convolutions (default: 0) or keys (default: all)")
     add("--head", type=int, help="head of attention; default: all")
     add("--score", type=float, default=0.5, help="least score of a detection; default: 0.5")
-    add("--objects", type=int, default=2, help="detected objects to look at; default: 2")
+    add("--objects", type=int, default=2, help="detected objects beside the background; default: 2")
     add("--images", type=int, default=4, help="images of the validation set; default: 4")
     add("--device", default="cpu")
     add("--cfg-options", nargs="+", action=DictAction, help="changes of the config")

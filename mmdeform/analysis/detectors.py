@@ -118,11 +118,11 @@ class Picture:
         return (np.asarray(points, float) + 0.5) / self.scale - 0.5
 
 
-def load_picture(model: nn.Module, path: str | os.PathLike) -> Picture:
+def load_picture(model: nn.Module | Config, path: str | os.PathLike) -> Picture:
     """Reads an image and sends it through the test pipeline of a detector.
 
     Args:
-        model: What :func:`load_detector` or mmdet's ``init_detector`` returns.
+        model: What :func:`load_detector` or mmdet's ``init_detector`` returns, or its config.
         path: Image file.
 
     Raises:
@@ -131,8 +131,8 @@ def load_picture(model: nn.Module, path: str | os.PathLike) -> Picture:
     image = cv2.imread(str(path))
     if image is None:
         raise ValueError(f"{path} is no image that OpenCV can read")
-    pipeline = Compose(get_test_pipeline_cfg(model.cfg))
-    data = pipeline(dict(img_path=str(path), img_id=0))
+    cfg = model if isinstance(model, Config) else model.cfg
+    data = Compose(get_test_pipeline_cfg(cfg))(dict(img_path=str(path), img_id=0))
     scale = data["data_samples"].metainfo.get("scale_factor", (1.0, 1.0))
     batch = pseudo_collate([data])
     return Picture(Path(path), image[..., ::-1].copy(), batch, (float(scale[0]), float(scale[1])))

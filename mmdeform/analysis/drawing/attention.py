@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 
 from ..detections import Place, nearest_box
@@ -18,7 +17,7 @@ from .detections import color_of, draw_box
 
 __all__ = ["AttentionPanel", "choose_attention", "attention_panel"]
 
-COLORMAP = ListedColormap(colormaps["plasma"](np.linspace(0.15, 1, 256)), "plasma")
+COLORMAP = LinearSegmentedColormap.from_list("weights", ["#7CC8FF", "#FFE650", "#FF2E12"])
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # of levels
 REFERENCE = dict(marker="+", s=110, linewidths=2.2)
 
@@ -60,7 +59,7 @@ class AttentionPanel(Panel):
             share = self.weights[index] / largest
             axis.scatter(
                 *self.points[index], marker=MARKERS[self.levels[index] % len(MARKERS)],
-                s=8 + 26 * share, color=COLORMAP(share), edgecolors="black", linewidths=0.3,
+                s=10 + 30 * share, color=COLORMAP(share), edgecolors="black", linewidths=0.3,
             )  # fmt: skip
         axis.scatter(*self.reference, c="black", **{**REFERENCE, "s": 130, "linewidths": 4})
         axis.scatter(*self.reference, c="lime", **REFERENCE)

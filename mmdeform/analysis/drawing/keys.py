@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.markers import MarkerStyle
 from torch import Tensor
 
 from ..detectors import Picture
@@ -106,18 +106,16 @@ class KeysPanel(Panel):
     @classmethod
     def legend(cls, panels: Sequence[Panel]) -> dict[str, Any]:
         largest = panels[0].largest
+        scatter = Figure().add_subplot().scatter  # of a figure that nobody sees
         entries = {
-            label: _circles(largest * share, color=ORANGES(share), **_edge(largest))
+            label: scatter([], [], s=largest * share, color=ORANGES(share), **_edge(largest))
             for label, share in (("10%", 0.1), ("50%", 0.5), ("100% of the largest attention", 1.0))
         }
-        entries["key"] = _circles(4, color="0.6", linewidths=0)
+        entries["key"] = scatter([], [], s=4, c="0.6", linewidths=0)
         if any(panel.offsets for panel in panels):
             entries["offset"] = Line2D([], [], color="0.6", linewidth=0.8)
         if any(panel.query is not None for panel in panels):
-            style = dict(QUERY)
-            entries["query"] = _circles(
-                style.pop("s"), facecolors=style.pop("c"), marker=style.pop("marker"), **style
-            )
+            entries["query"] = scatter([], [], **QUERY)
         return entries
 
 
@@ -213,12 +211,3 @@ def choose_keys(calls: Sequence[KeysCall]) -> KeysCall:
 def _edge(largest: float) -> dict[str, Any]:
     """Outline of circles, thin enough for small ones."""
     return dict(edgecolors="black", linewidths=min(0.3, 0.02 * largest))
-
-
-def _circles(area: float, marker: str = "o", **style: Any) -> PathCollection:
-    """What ``scatter`` would make of one point, for a legend."""
-    shape = MarkerStyle(marker)
-    path = shape.get_path().transformed(shape.get_transform())
-    if "color" in style:
-        style["facecolors"] = style.pop("color")
-    return PathCollection((path,), [area], **style)

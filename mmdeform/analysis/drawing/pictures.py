@@ -74,7 +74,12 @@ class Row:
 
 
 def panels_of(
-    kind: str, scene: Scene, places: Sequence[Place], overview: Panel, look: Look = Look()
+    kind: str,
+    scene: Scene,
+    places: Sequence[Place],
+    overview: Panel,
+    look: Look = Look(),
+    objects: Sequence[Place] | None = None,
 ) -> list[Row]:
     """Rows of panels of one kind of layers for one image.
 
@@ -84,33 +89,35 @@ def panels_of(
         places: What to look at, a panel each.
         overview: The first panel of each row.
         look: What to show.
+        objects: What to look at where layers have RoIs or object queries. Default: ``places``.
 
     Raises:
         ValueError: No layer of this kind ran, or it has not what is asked for.
     """
     calls = scene.calls(kind)
+    objects = places if objects is None else objects
     if kind == "convolution":
         stack = _stack(calls, look)
-        columns = [[convolution_panel(scene, stack, place, look.group or 0) for place in places]]
-    elif kind == "roi_pooling":
+        panels = [convolution_panel(scene, stack, place, look.group or 0) for place in places]
+        return [Row(scene, places, [overview, *panels])]
+    if kind == "roi_pooling":
         calls = calls if look.chosen else choose_pooling(calls)
-        columns = [[roi_pooling_panel(scene, calls, place) for place in places]]
-    elif kind == "attention":
-        columns = [
-            [attention_panel(scene, call, place, look.head) for place in places]
-            for call in (_last(calls) if look.chosen else choose_attention(calls))
+        panels = [roi_pooling_panel(scene, calls, place) for place in objects]
+        return [Row(scene, objects, [overview, *panels])]
+    rows = []
+    if kind == "attention":
+        for call in _last(calls) if look.chosen else choose_attention(calls):
+            where = places if call.is_encoder else objects
+            panels = [attention_panel(scene, call, place, look.head) for place in where]
+            rows.append(Row(scene, where, [overview, *panels]))
+        return rows
+    for call in _last(calls) if look.chosen else [choose_keys(calls)]:
+        panels = [
+            keys_panel(scene.picture, call, place.position, place.name, look.head, look.group)
+            for place in places
         ]
-    else:
-        columns = [
-            [
-                keys_panel(
-                    scene.picture, call, place.position, place.name, look.head, look.group
-                )
-                for place in places
-            ]
-            for call in (_last(calls) if look.chosen else [choose_keys(calls)])
-        ]
-    return [Row(scene, places, [overview, *panels]) for panels in columns]
+        rows.append(Row(scene, places, [overview, *panels]))
+    return rows
 
 
 def draw(rows: Sequence[Row]) -> Figure:
