@@ -56,9 +56,7 @@ def build_backbone(cfg: Config, checkpoint: Path | None) -> nn.Module:
     return backbone.eval()
 
 
-def prepare(
-    cfg: Config, path: Path, size: tuple[int, int] | None = None
-) -> tuple[Picture, Tensor]:
+def prepare(cfg: Config, path: Path, size: tuple[int, int] | None = None) -> tuple[Picture, Tensor]:
     """Reads an image and prepares it as the detector of ``cfg`` would, if it has one.
 
     Args:

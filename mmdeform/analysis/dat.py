@@ -1,9 +1,9 @@
 """Finds the deformable attentions of a DAT.
 
-    name = find_block(deformable_blocks(backbone), stage=3)
-    with record(backbone, name) as recording:
-        backbone(images)
-    keys = recording[name]  # a KeysCall: its keys and their attention
+name = find_block(deformable_blocks(backbone), stage=3)
+with record(backbone, name) as recording:
+    backbone(images)
+keys = recording[name]  # a KeysCall: its keys and their attention
 """
 
 import re

@@ -1,7 +1,8 @@
 """What a detector finds in an image, and places worth looking at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ from mmdet.structures import DetDataSample
 __all__ = [
     "Detection",
     "Place",
+    "annotated_places",
     "background_place",
     "detections_of",
     "innermost",
@@ -128,6 +130,23 @@ def largest_objects(found: Sequence[Detection], count: int) -> list[Detection]:
     return sorted(distinct, key=lambda detection: -detection.mask.sum())[:count]
 
 
+def annotated_places(info: Mapping[str, Any], classes: Sequence[str]) -> list[Place]:
+    """Places of the annotated objects of an image, the largest first.
+
+    Args:
+        info: What ``get_data_info`` of an mmdet data set returns.
+        classes: Names of the classes.
+    """
+    places = []
+    for instance in info["instances"]:
+        box, label = np.asarray(instance["bbox"], float), int(instance["bbox_label"])
+        if not instance.get("ignore_flag"):
+            x, y = box.reshape(2, 2).mean(0) - 0.5
+            name = classes[label] if label < len(classes) else f"class {label}"
+            places.append(Place(name, (float(x), float(y)), box, label))
+    return sorted(places, key=lambda place: -(place.box[2:] - place.box[:2]).prod())
+
+
 def background_place(
     size: tuple[int, int], found: Sequence[Detection], boxes: Sequence[Sequence[float]] = ()
 ) -> Place | None:
@@ -139,7 +158,10 @@ def background_place(
         boxes: Boxes of annotated objects, as in :class:`Detection`.
     """
     background = np.ones((size[1], size[0]), bool)
-    for mask in [*(found.mask for found in found), *(box_mask((size[1], size[0]), b) for b in boxes)]:
+    for mask in [
+        *(found.mask for found in found),
+        *(box_mask((size[1], size[0]), b) for b in boxes),
+    ]:
         background &= ~mask
     return Place("background", innermost(background)) if background.any() else None
 

@@ -79,7 +79,12 @@ class Scene:
             )
 
 
-def look(model: nn.Module, picture: Picture, layers: str | Sequence[str] = "**") -> Scene:
+def look(
+    model: nn.Module,
+    picture: Picture,
+    layers: str | Sequence[str] = "**",
+    classes: Sequence[str] | None = None,
+) -> Scene:
     """Runs a detector on an image as its test does, and remembers what its layers sampled.
 
     The detector stays as it was, training or not, and so do all random numbers.
@@ -89,6 +94,7 @@ def look(model: nn.Module, picture: Picture, layers: str | Sequence[str] = "**")
         picture: The image; see :func:`mmdeform.analysis.detectors.load_picture`.
         layers: A pattern or several of the layers to record, as in
             :func:`mmdeform.analysis.recording.record`. Default: all.
+        classes: Names of the classes. Default: those of the detector's ``dataset_meta``.
 
     Raises:
         ValueError: The model has no deformable layer, or a pattern matches none.
@@ -96,9 +102,10 @@ def look(model: nn.Module, picture: Picture, layers: str | Sequence[str] = "**")
     boxes: list[Tensor] = []
     with undisturbed(model), record(model, layers) as recording, _query_boxes(model, boxes):
         (result,) = model.test_step(picture.batch)
-    classes = tuple((getattr(model, "dataset_meta", None) or {}).get("classes", ()))
+    if classes is None:
+        classes = (getattr(model, "dataset_meta", None) or {}).get("classes", ())
     in_image = _in_image(boxes[-1][0], result) if boxes else None
-    return Scene(picture, result, recording, classes, in_image)
+    return Scene(picture, result, recording, tuple(classes), in_image)
 
 
 @contextmanager

@@ -56,7 +56,9 @@ def test_corners_of_the_map_lie_at_the_centres_of_its_corner_pixels(
             patch.delattr(layer, "predict_positions")
             return forward(self, x)
 
-    monkeypatch.setattr(layer, "predict_positions", lambda x: (positions, -positions), raising=False)
+    monkeypatch.setattr(
+        layer, "predict_positions", lambda x: (positions, -positions), raising=False
+    )
     monkeypatch.setattr(DeformableAttention2d, "forward", with_true_positions)
     size = 5 * stride, 9 * stride
     with torch.no_grad(), record(model, name) as recording:

@@ -1,15 +1,15 @@
 """Pictures of what deformable layers sample, on matplotlib figures without global state.
 
-    scene = look(detector, load_picture(detector, "image.jpg"))
-    places = [Place.of(detection) for detection in scene.detections(0.5)]
-    for kind in scene.kinds:
-        draw(panels_of(kind, scene, places, DetectionsPanel.of(scene))).savefig(f"{kind}.png")
+scene = look(detector, load_picture(detector, "image.jpg"))
+places = [Place.of(detection) for detection in scene.detections(0.5)]
+for kind in scene.kinds:
+    draw(panels_of(kind, scene, places, DetectionsPanel.of(scene))).savefig(f"{kind}.png")
 """
 
 from .attention import AttentionPanel, attention_panel, choose_attention
 from .canvas import ColorScale, Panel, assemble, new_figure, save, to_rgb
 from .convolutions import ConvolutionPanel, choose_stack, convolution_panel
-from .detections import DetectionsPanel, ObjectsPanel
+from .detections import DetectionsPanel
 from .keys import KeysPanel, choose_keys, keys_panel
 from .pictures import Look, Row, draw, panels_of
 from .roi_pooling import RoIPoolingPanel, choose_pooling, roi_pooling_panel
@@ -21,7 +21,6 @@ __all__ = [
     "DetectionsPanel",
     "KeysPanel",
     "Look",
-    "ObjectsPanel",
     "Panel",
     "RoIPoolingPanel",
     "Row",

@@ -36,7 +36,7 @@ class AttentionPanel(Panel):
         box: Box (x1, y1, x2, y2) that the query predicts, where pixel i reaches from i to i + 1;
             None for queries that are pixels.
         label: Class of the box, for its colour.
-        strides: (x, y) pixels of the image per pixel of each level.
+        strides: (x, y) of each level relative to what the network gets, shape (L, 2).
     """
 
     layer: str
@@ -139,7 +139,7 @@ def attention_panel(
         heads=samples.groups.cpu().numpy()[own],
         box=box,
         label=place.label,
-        strides=np.array(strides) / picture.scale,
+        strides=np.array(strides),
     )
 
 

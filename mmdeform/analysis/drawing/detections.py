@@ -1,4 +1,4 @@
-"""The image with what the detector found, or with what is annotated."""
+"""The image with what the detector found."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from ..detections import Detection, Place
+from ..detections import Detection
 from ..scene import Scene
 from .canvas import Panel, rounded, show
 
-__all__ = ["DetectionsPanel", "ObjectsPanel", "color_of"]
+__all__ = ["DetectionsPanel", "color_of", "draw_box"]
 
 COLORS = colormaps["Set2"].colors
 
@@ -30,14 +30,17 @@ def draw_box(axis: Axes, box: Sequence[float], **style: Any) -> None:
 
 
 def draw_name(axis: Axes, box: Sequence[float], text: str, label: int | None) -> None:
-    """Writes a name at the upper left corner of a box, inside where there is no room above."""
+    """Writes a name over a box, inside where there is no room above, left where none at right."""
     height, width = (abs(end - start) for start, end in (axis.get_ylim(), axis.get_xlim()))
-    left, top = float(np.clip(box[0], 0, width - 1)), float(max(box[1], 0))
+    at_right = box[0] > 0.75 * width
+    side = float(np.clip(box[2 if at_right else 0], 0, width))
+    top = float(max(box[1], 0))
     axis.text(
-        left - 0.5,
+        side - 0.5,
         top - 0.5,
         text,
         fontsize=7,
+        ha="right" if at_right else "left",
         va="bottom" if top > 0.05 * height else "top",
         bbox=dict(fc=color_of(label), ec="none", pad=1),
         clip_on=True,
@@ -74,21 +77,3 @@ class DetectionsPanel(Panel):
                 for found in self.found
             ]
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectsPanel(Panel):
-    """Boxes of places, as annotated."""
-
-    places: Sequence[Place]
-
-    def draw(self, axis: Axes) -> None:
-        show(axis, self.pixels, self.title)
-        for place in self.places:
-            if place.box is not None:
-                draw_box(axis, place.box, ec=color_of(place.label), lw=1.6)
-                draw_name(axis, place.box, place.name, place.label)
-
-    def numbers(self) -> dict[str, Any]:
-        boxes = [place for place in self.places if place.box is not None]
-        return dict(objects=[dict(name=place.name, box=rounded(place.box)) for place in boxes])

@@ -20,6 +20,7 @@ __all__ = ["RoIPoolingPanel", "choose_pooling", "roi_pooling_panel"]
 
 BIN, ROI, GRID = "#FF5A36", "#F0E442", "white"
 MARGIN = 0.25  # around RoI and bins, as a share of their size
+LEAST = 0.3  # share of the width of the image that is shown at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,8 @@ class RoIPoolingPanel(Panel):
             [self.roi.reshape(2, 2) - 0.5, self.centers - half, self.centers + half]
         )
         low, high = points.min(0), points.max(0)
-        size = (high - low).max() * (1 + 2 * MARGIN)
-        size = np.maximum((size, size * height / width), (size * width / height, size))
-        size = np.minimum(size, (width, height))
+        scale = ((high - low) / (width, height)).max() * (1 + 2 * MARGIN)
+        size = np.array([width, height]) * np.clip(scale, LEAST, 1)
         start = np.clip((low + high - size) / 2, -0.5, np.array([width, height]) - 0.5 - size)
         axis.set(xlim=(start[0], start[0] + size[0]), ylim=(start[1] + size[1], start[1]))
 
