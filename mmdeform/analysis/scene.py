@@ -128,7 +128,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _query_boxes(model: nn.Module, boxes: list[Tensor]) -> Iterator[None]:
-    """Collects what the head of a DETR predicts last: normalised (cx, cy, w, h), (N, queries, 4)."""
+    """Collects the last boxes of a DETR's head: normalised (cx, cy, w, h), (N, queries, 4)."""
     head = getattr(model, "bbox_head", None)
     if not isinstance(head, DETRHead):
         yield

@@ -6,6 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from torch import nn
 
 from ..models.small_retinanet import RULE
 
@@ -165,3 +166,11 @@ def config_of(model: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
     """Settings of a config with a model and a data set."""
     loader = dict(dataset=dataset)
     return dict(default_scope="mmdet", model=model, val_dataloader=loader, test_dataloader=loader)
+
+
+def move(model: nn.Module) -> None:
+    """Gives everything that predicts offsets, and the heads, random weights."""
+    for name, parameter in model.named_parameters():
+        offsets = ("offset", "mask_fc", "sampling_offsets", "attention_weights", "reg_branches")
+        if any(word in name for word in offsets):
+            nn.init.normal_(parameter, std=0.3)

@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path
+from matplotlib.transforms import IdentityTransform
 
 from ..detections import Place, nearest_box
 from ..recording import AttentionCall
@@ -15,7 +19,7 @@ from ..scene import Scene
 from .canvas import ColorScale, Panel, rounded, show
 from .detections import color_of, draw_box
 
-__all__ = ["AttentionPanel", "choose_attention", "attention_panel"]
+__all__ = ["AttentionPanel", "attention_panel", "choose_attention"]
 
 COLORMAP = LinearSegmentedColormap.from_list("weights", ["#7CC8FF", "#FFE650", "#FF2E12"])
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # of levels
@@ -54,13 +58,20 @@ class AttentionPanel(Panel):
         show(axis, (self.pixels * 0.45).astype(np.uint8), self.title)
         if self.box is not None:
             draw_box(axis, self.box, ec=color_of(self.label), lw=1.5)
-        largest = self.weights.max(initial=0) or 1.0
-        for index in np.argsort(self.weights):  # the heaviest on top
-            share = self.weights[index] / largest
-            axis.scatter(
-                *self.points[index], marker=MARKERS[self.levels[index] % len(MARKERS)],
-                s=10 + 30 * share, color=COLORMAP(share), edgecolors="black", linewidths=0.3,
-            )  # fmt: skip
+        shares = self.weights / (self.weights.max(initial=0) or 1.0)
+        order = np.argsort(shares)  # the heaviest on top
+        axis.add_collection(
+            PathCollection(
+                [_marker(level) for level in self.levels[order]],
+                sizes=10 + 30 * shares[order],
+                facecolors=COLORMAP(shares[order]),
+                edgecolors="black",
+                linewidths=0.3,
+                offsets=self.points[order],
+                offset_transform=axis.transData,
+                transform=IdentityTransform(),
+            )
+        )
         axis.scatter(*self.reference, c="black", **{**REFERENCE, "s": 130, "linewidths": 4})
         axis.scatter(*self.reference, c="lime", **REFERENCE)
 
@@ -141,6 +152,12 @@ def attention_panel(
         label=place.label,
         strides=np.array(strides),
     )
+
+
+def _marker(level: int) -> Path:
+    """Outline of the mark of a level, of size 1."""
+    style = MarkerStyle(MARKERS[level % len(MARKERS)])
+    return style.get_path().transformed(style.get_transform())
 
 
 def _query(scene: Scene, call: AttentionCall, place: Place) -> int:

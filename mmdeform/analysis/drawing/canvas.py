@@ -18,7 +18,7 @@ __all__ = ["ColorScale", "Panel", "assemble", "new_figure", "rounded", "save", "
 PANEL = 3.2  # width of a panel, inches
 DPI = 200
 TITLE = 8.5  # points
-ROW_GAP = 0.27  # height of the title of a row, inches
+ROW_GAP = 0.25  # height of the title of a row, inches
 LEGEND_ROW = 0.25  # inches
 
 

@@ -134,8 +134,8 @@ def _stack(calls: Sequence[ConvolutionCall], look: Look) -> list[ConvolutionCall
     if look.depth is not None and look.depth > len(layers):
         names = ", ".join(call.name for call in layers)
         raise ValueError(
-            f"depth must be between 1 and the number of chosen convolutions, {len(layers)}, but got "
-            f"{look.depth}; chosen: {names}"
+            f"depth must be between 1 and the number of chosen convolutions, {len(layers)}, but "
+            f"got {look.depth}; chosen: {names}"
         )
     return layers[-depth:]
 

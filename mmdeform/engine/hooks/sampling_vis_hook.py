@@ -1,5 +1,6 @@
 """Draws during training where deformable layers sample."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ class SamplingVisHook(Hook):
         dataset = runner.val_loop.dataloader.dataset
         with_objects = (i for i in range(len(dataset)) if _objects(dataset.get_data_info(i)))
         if isinstance(self.images, int):
-            chosen = [index for _, index in zip(range(self.images), with_objects)]
+            chosen = list(itertools.islice(with_objects, self.images))
             if not chosen:
                 raise ValueError("SamplingVisHook: no image of the validation set has an object")
         else:
@@ -134,7 +135,8 @@ class SamplingVisHook(Hook):
                     )
                 if not _objects(dataset.get_data_info(index)):
                     raise ValueError(
-                        f"SamplingVisHook: images: image {index} of the validation set has no object"
+                        f"SamplingVisHook: images: number {index} of the validation set has no "
+                        "object"
                     )
         self._indices = chosen
 
