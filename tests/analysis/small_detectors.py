@@ -32,7 +32,7 @@ def two_stage() -> dict[str, Any]:
     sampler = dict(
         type="RandomSampler", num=16, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False
     )
-    stage = dict(assigner=assigner, sampler=sampler, pos_weight=-1, debug=False)
+    stage = dict(assigner=assigner, sampler=sampler, pos_weight=-1, debug=False, allowed_border=-1)
     detector = dict(
         type="FasterRCNN",
         data_preprocessor=PREPROCESSOR,
@@ -159,6 +159,7 @@ def write_data(folder: Path, images: int = 3) -> dict[str, Any]:
         metainfo=dict(classes=CLASSES),
         test_mode=True,
         pipeline=PIPELINE,
+        serialize_data=False,  # which collects garbage
     )
 
 

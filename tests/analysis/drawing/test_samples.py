@@ -163,7 +163,8 @@ def test_what_is_drawn_of_bins(scenes: dict[str, Scene]) -> None:
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     panel = RoIPoolingPanel(
         title="", pixels=pixels, layer="pool", roi=np.array([40.0, 20, 48, 24]), group=0,
-        centers=np.array([[41.5, 21.5], [45.5, 30]]), regular=np.array([[41.5, 21.5], [45.5, 21.5]]),
+        centers=np.array([[41.5, 21.5], [45.5, 30]]),
+        regular=np.array([[41.5, 21.5], [45.5, 21.5]]),
         bin_size=np.array([4.0, 4]), weights=np.array([0.25, 0.5]),
     )  # fmt: skip
     axis = axis_of(panel)
