@@ -30,7 +30,8 @@ from rich.progress import Progress, TaskID
 from mmdeform.analysis.detections import Place, background_place, largest_objects, place_of_query
 from mmdeform.analysis.detectors import build_dataset, load_detector, load_picture
 from mmdeform.analysis.drawing import DetectionsPanel, Look, Row, draw, panels_of, save
-from mmdeform.analysis.scene import KINDS, Scene, look
+from mmdeform.analysis.recording import KINDS
+from mmdeform.analysis.scene import Scene, look
 
 Annotated = list[Any]  # boxes
 

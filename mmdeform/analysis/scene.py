@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from .detections import Detection, Place, detections_of
 from .detectors import Picture
-from .recording import LayerCall, Recording, record
+from .recording import KINDS, LayerCall, Recording, record
 
-__all__ = ["KINDS", "Scene", "look", "undisturbed"]
-
-KINDS = ("convolution", "roi_pooling", "attention", "keys")
+__all__ = ["Scene", "look", "undisturbed"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,11 @@ class Scene:
     result: DetDataSample
     recording: Recording
     classes: tuple[str, ...]
-    query_boxes: np.ndarray | None = field(default=None)
+    query_boxes: np.ndarray | None = None
 
     @property
     def kinds(self) -> list[str]:
-        """Families of the layers that ran, in the order of :data:`KINDS`."""
+        """Kinds of the layers that ran."""
         return [kind for kind in KINDS if self.recording.of_kind(kind)]
 
     def calls(self, kind: str) -> list[LayerCall]:

@@ -84,7 +84,7 @@ def panels_of(
     """Rows of panels of one kind of layers for one image.
 
     Args:
-        kind: One of :data:`mmdeform.analysis.scene.KINDS`.
+        kind: One of :data:`mmdeform.analysis.recording.KINDS`.
         scene: The image and what a detector made of it.
         places: What to look at, a panel each.
         overview: The first panel of each row.

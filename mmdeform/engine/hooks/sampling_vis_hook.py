@@ -10,11 +10,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from mmdeform.analysis.recording import KINDS
 from mmdeform.registry import HOOKS
 
 __all__ = ["SamplingVisHook"]
-
-KINDS = ("convolution", "roi_pooling", "attention", "keys")
 
 
 @HOOKS.register_module()
