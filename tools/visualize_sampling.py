@@ -82,8 +82,12 @@ def places_of(
     return objects[: args.objects] + ([background] if background else []), objects
 
 
-def visualize(args: argparse.Namespace, progress: Progress, task: TaskID) -> list[Path]:
-    """Writes pictures and numbers; see the top of this file and ``--help``. Returns the files."""
+def visualize(args: argparse.Namespace, progress: Progress, task: TaskID) -> dict[Path, str]:
+    """Writes pictures and numbers; see the top of this file and ``--help``.
+
+    Returns:
+        Files that were written, and what they show.
+    """
     model = load_detector(args.config, args.checkpoint, args.device, args.cfg_options)
     what = Look(bool(args.layers), args.depth, args.group, args.head)
     rows: dict[str, list[Row]] = {}
@@ -93,20 +97,21 @@ def visualize(args: argparse.Namespace, progress: Progress, task: TaskID) -> lis
             overview = DetectionsPanel.of(scene, args.score)
             of_kind = panels_of(kind, scene, places, overview, what, objects)
             rows.setdefault(kind, []).extend(of_kind)
-    written = []
+    written = {}
     progress.update(task, description="draw", completed=0, total=len(rows))
     for kind, of_kind in rows.items():
         name = args.out.name if len(rows) == 1 else f"{args.out.stem}_{kind}{args.out.suffix}"
         save(draw(of_kind), args.out.with_name(name))
-        written.append(args.out.with_name(name))
+        layers = dict.fromkeys(layer for row in of_kind for layer in row.layers)
+        written[args.out.with_name(name)] = f"{kind}: {', '.join(layers)}"
         progress.advance(task)
     numbers = dict(
         config=str(args.config),
         checkpoint=str(args.checkpoint),
         kinds={kind: [row.numbers() for row in of_kind] for kind, of_kind in rows.items()},
     )
-    written.append(args.out.with_suffix(".json"))
-    written[-1].write_text(json.dumps(numbers))
+    args.out.with_suffix(".json").write_text(json.dumps(numbers))
+    written[args.out.with_suffix(".json")] = "the numbers behind"
     return written
 
 
@@ -160,8 +165,8 @@ def main() -> None:
             written = visualize(args, progress, task)
     except ValueError as error:
         parser.error(str(error))
-    for path in written:
-        print(f"written: {path}")
+    for path, contents in written.items():
+        print(f"written: {path} ({contents})")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from matplotlib.transforms import IdentityTransform
 from ..detections import Place, nearest_box
 from ..recording import AttentionCall
 from ..scene import Scene
-from .canvas import ColorScale, Panel, rounded, show
+from .canvas import ColorScale, Panel, dimmed, rounded, show
 from .detections import color_of, draw_box
 
 __all__ = ["AttentionPanel", "attention_panel", "choose_attention"]
@@ -55,7 +55,7 @@ class AttentionPanel(Panel):
     strides: np.ndarray
 
     def draw(self, axis: Axes) -> None:
-        show(axis, (self.pixels * 0.45).astype(np.uint8), self.title)
+        show(axis, dimmed(self.pixels), self.title)
         if self.box is not None:
             draw_box(axis, self.box, ec=color_of(self.label), lw=1.5)
         shares = self.weights / (self.weights.max(initial=0) or 1.0)

@@ -13,7 +13,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
-__all__ = ["ColorScale", "Panel", "assemble", "new_figure", "rounded", "save", "show", "to_rgb"]
+__all__ = [
+    "ColorScale",
+    "Panel",
+    "assemble",
+    "dimmed",
+    "new_figure",
+    "rounded",
+    "save",
+    "show",
+    "to_rgb",
+]
 
 PANEL = 3.2  # width of a panel, inches
 DPI = 200
@@ -91,6 +101,11 @@ def show(axis: Axes, pixels: np.ndarray, title: str) -> None:
     axis.imshow(pixels, interpolation="bicubic")
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
     axis.set_title(title, fontsize=TITLE, pad=3)
+
+
+def dimmed(pixels: np.ndarray) -> np.ndarray:
+    """An image on which bright marks show."""
+    return (0.6 * pixels).astype(np.uint8)
 
 
 def assemble(rows: Sequence[Sequence[Panel]]) -> Figure:

@@ -13,7 +13,7 @@ from ..detections import Place
 from ..recording import ConvolutionCall
 from ..scene import Scene
 from ..tracing import trace_points
-from .canvas import ColorScale, Panel, rounded, show
+from .canvas import ColorScale, Panel, dimmed, rounded, show
 
 __all__ = ["ConvolutionPanel", "choose_stack", "convolution_panel"]
 
@@ -42,7 +42,7 @@ class ConvolutionPanel(Panel):
     group: int
 
     def draw(self, axis: Axes) -> None:
-        show(axis, self.pixels // 2, self.title)
+        show(axis, dimmed(self.pixels), self.title)
         order = np.argsort(self.weights)
         largest = np.abs(self.weights).max(initial=0) or 1.0
         axis.scatter(*np.unique(self.regular.round(2), axis=0).T, s=5, c="white", linewidths=0)

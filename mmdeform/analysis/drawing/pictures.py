@@ -57,6 +57,14 @@ class Row:
     places: Sequence[Place]
     panels: Sequence[Panel]
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that it shows."""
+        names = []
+        for panel in self.panels[1:]:
+            names += getattr(panel, "layers", None) or [panel.layer]
+        return list(dict.fromkeys(names))
+
     def numbers(self) -> dict[str, Any]:
         """What it shows, for JSON."""
         panels = []

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from ..detections import Place, nearest_box
 from ..recording import RoIPoolingCall
 from ..scene import Scene
-from .canvas import Panel, rounded, show
+from .canvas import Panel, dimmed, rounded, show
 from .detections import draw_box
 
 __all__ = ["RoIPoolingPanel", "choose_pooling", "roi_pooling_panel"]
@@ -47,7 +47,7 @@ class RoIPoolingPanel(Panel):
     group: int
 
     def draw(self, axis: Axes) -> None:
-        show(axis, (self.pixels * 0.6).astype(np.uint8), self.title)
+        show(axis, dimmed(self.pixels), self.title)
         corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) / 2 * self.bin_size
         add = axis.add_collection
         add(PolyCollection(self.regular[:, None] + corners, fc="none", ec=GRID, lw=0.5, alpha=0.7))
