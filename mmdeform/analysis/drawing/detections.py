@@ -66,7 +66,7 @@ class DetectionsPanel(Panel):
             if detection.has_mask:
                 axis.contour(detection.mask, [0.5], colors=[color], linewidths=1.6)
             draw_box(axis, detection.box, ec=color, lw=1.0 if detection.has_mask else 1.6)
-        for detection in self.found:  # over all boxes
+        for detection in reversed(self.found):  # over all boxes, the best on top
             text = f"{detection.name} {detection.score:.2f}"
             draw_name(axis, detection.box, text, detection.label)
 
