@@ -112,6 +112,7 @@ def test_the_stack_that_is_shown() -> None:
     # Branches of a head run beside each other; those of a backbone go first.
     head = stack(8, 8, 16, name="bbox_head.conv")
     assert choose_stack(head, 3) == head[2:]
+    assert choose_stack(head[:2], 3) == head[1:2]
     assert choose_stack(calls + head, 3) == calls[4:7]
 
 
