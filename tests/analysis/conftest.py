@@ -9,7 +9,7 @@ import torch
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Config of a data set of small images."""
-    from .small_detectors import write_data
+    from .all_kinds import write_data
 
     return write_data(tmp_path_factory.mktemp("data"))
 
@@ -21,7 +21,7 @@ def detectors(data: dict) -> dict:
 
     from mmdeform.analysis.detectors import load_detector
 
-    from .small_detectors import DETECTORS, config_of, move
+    from .all_kinds import DETECTORS, config_of, move
 
     models = {}
     with torch.random.fork_rng():

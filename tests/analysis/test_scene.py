@@ -12,7 +12,7 @@ from mmdeform.analysis.detections import Place
 from mmdeform.analysis.detectors import load_picture, picture_of
 from mmdeform.analysis.scene import Scene, look
 
-from .small_detectors import CLASSES, DETECTORS, KINDS
+from .all_kinds import CLASSES, DETECTORS, KINDS
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -23,7 +23,7 @@ from mmengine.visualization.vis_backend import BaseVisBackend
 
 from mmdeform.registry import HOOKS
 
-from ..analysis.small_detectors import DETECTORS, KINDS, PIPELINE, move, write_data
+from ..analysis.all_kinds import DETECTORS, KINDS, PIPELINE, move, write_data
 
 
 @VISBACKENDS.register_module(force=True)

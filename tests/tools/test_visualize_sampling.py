@@ -16,7 +16,7 @@ from mmengine import Config
 
 from mmdeform.analysis.detectors import load_detector
 
-from ..analysis.small_detectors import DETECTORS, KINDS, config_of, move, write_data
+from ..analysis.all_kinds import DETECTORS, KINDS, config_of, move, write_data
 
 ROOT = Path(__file__).parents[2]
 

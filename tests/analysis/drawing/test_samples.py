@@ -38,7 +38,7 @@ from mmdeform.analysis.scene import Scene
 from mmdeform.analysis.tracing import trace_points
 from mmdeform.layers import DeformConv2dPack, DeformPSRoIPoolPack
 
-from ..small_detectors import DETECTORS, HEIGHT, WIDTH
+from ..all_kinds import DETECTORS, HEIGHT, WIDTH
 
 PLACE = Place("there", (40, 30))
 
