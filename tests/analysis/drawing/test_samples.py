@@ -105,10 +105,11 @@ def test_the_stack_that_is_shown() -> None:
     assert choose_stack(calls[:4], 3) == calls[1:4]
     assert choose_stack(calls, 1) == calls[9:]
     assert choose_stack(stack(64, 64, 32), 2)[0].name == "backbone.layer2"  # the finest
-    dilated = stack(16, 16, 32)
-    for call in dilated[:2]:
-        call.layer = SimpleNamespace(kernel_size=(3, 3), dilation=(3, 3))
+    dilated = stack(8, 8, 16, 16)
     assert choose_stack(dilated, 2) == dilated[2:]
+    for call in dilated[2:]:
+        call.layer = SimpleNamespace(kernel_size=(3, 3), dilation=(3, 3))
+    assert choose_stack(dilated, 2) == dilated[:2]
     # Branches of a head run beside each other; those of a backbone go first.
     head = stack(8, 8, 16, name="bbox_head.conv")
     assert choose_stack(head, 3) == head[2:]
