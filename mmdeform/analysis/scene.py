@@ -68,9 +68,9 @@ class Scene:
         return (np.asarray(box, float).reshape(2, 2) / self.picture.scale).ravel()
 
     def check(self, place: Place) -> None:
-        """Raises a ValueError if a place is not in the image, or its query does not exist."""
+        """Raises a ValueError if the position of a place is not in the image."""
         (x, y), (width, height) = place.position, self.picture.size
-        if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5):
+        if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
             raise ValueError(
                 f"position must lie in {self.picture.path.name}, which is {width} pixels wide and "
                 f"{height} high, but got {x:g} {y:g}"

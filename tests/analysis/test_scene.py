@@ -47,9 +47,9 @@ def test_boxes_and_positions(scenes: dict[str, Scene]) -> None:
     assert scene.picture.scale == (2.0, 2.0)
     assert scene.box_in_inputs([1, 2, 3, 4.5]).tolist() == [2, 4, 6, 9]
     assert scene.box_from_inputs([2, 4, 6, 9]).tolist() == [1, 2, 3, 4.5]
-    for position in ((-0.5, 0), (95.4, 63.4), (0, -0.5)):
+    for position in ((-0.5, 0), (95.5, 63.5), (0, -0.5)):
         scene.check(Place("inside", position))
-    for position in ((-0.6, 0), (95.5, 0), (0, 63.5), (0, -0.6)):
+    for position in ((-0.6, 0), (95.6, 0), (0, 63.6), (0, -0.6)):
         with pytest.raises(ValueError, match=r"lie in 1\.png, which is 96 pixels wide and 64 high"):
             scene.check(Place("outside", position))
 
