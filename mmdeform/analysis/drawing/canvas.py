@@ -134,8 +134,7 @@ def assemble(rows: Sequence[Sequence[Panel]]) -> Figure:
         colors = ScalarMappable(Normalize(0, 1), scale.colormap)
         bar = figure.colorbar(
             colors, ax=axes, location="bottom", shrink=min(1.0, 2 / columns), aspect=45,
-            pad=0.03 / len(rows),
-            ticks=[0, 0.5, 1],
+            pad=0.03 / len(rows), ticks=[0, 0.5, 1],
         )  # fmt: skip
         bar.outline.set_linewidth(0.5)
         bar.ax.tick_params(labelsize=7, length=2, pad=1)

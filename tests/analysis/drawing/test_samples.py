@@ -161,6 +161,16 @@ def test_roi_pooling(scenes: dict[str, Scene]) -> None:
     assert np.linalg.norm(middle - PLACE.position) == pytest.approx(distance, abs=0.3)
 
 
+def test_the_pooling_that_is_shown() -> None:
+    def calls(*names: str) -> list:
+        return [SimpleNamespace(name=name) for name in names]
+
+    box_and_mask = calls("box.layers.0", "box.layers.2", "mask.layers.0", "box.layers.0")
+    assert choose_pooling(box_and_mask) == [*box_and_mask[:2], box_and_mask[3]]
+    votes = calls("head.fc_cls.pool", "head.fc_reg.pool")
+    assert choose_pooling(votes) == votes[:1]
+
+
 def test_what_is_drawn_of_bins(scenes: dict[str, Scene]) -> None:
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     panel = RoIPoolingPanel(
