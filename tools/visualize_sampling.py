@@ -134,7 +134,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         "--layers", nargs="+", metavar="PATTERN",
         help="names of layers, e.g. 'backbone.layer4.**'; default: those that show most",
     )  # fmt: skip
-    add("--depth", type=int, help="convolutions to look through; default: 3, or all of --layers")
+    add("--depth", type=int, help="convolutions to look through; default: 3, or all there are")
     add("--group", type=int, help="group of convolutions (default: 0) or keys (default: all)")
     add("--head", type=int, help="head of attention; default: all")
     add("--score", type=float, default=0.5, help="least score of a detection; default: 0.5")
