@@ -78,7 +78,8 @@ def test_pictures_of_an_image(name: str, run, files: Path, tmp_path: Path, capsy
         objects = rows[-1]["panels"] if kind in ("roi_pooling", "attention") else ()
         assert all(panel["place"]["box"] for panel in objects)
         if kind in ("convolution", "keys"):
-            assert rows[0]["panels"][0]["place"]["name"].startswith(("disc", "ring"))
+            found, background = (panel["place"]["name"] for panel in rows[0]["panels"])
+            assert found.startswith(("disc", "ring")) and background == "background"
     assert not out.exists()
 
 

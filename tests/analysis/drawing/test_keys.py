@@ -13,7 +13,7 @@ pytest.importorskip("mmdet")
 from matplotlib.figure import Figure
 
 from mmdeform.analysis.detectors import Picture
-from mmdeform.analysis.drawing import KeysPanel, choose_keys, keys_panel
+from mmdeform.analysis.drawing import KeysPanel, assemble, choose_keys, keys_panel
 from mmdeform.analysis.drawing.canvas import PANEL
 from mmdeform.analysis.drawing.keys import COVERED, LARGEST, queries_within, weights_of_keys
 from mmdeform.analysis.recording import KeysCall, PixelGrid
@@ -76,6 +76,15 @@ def test_weights_of_heads_and_groups(
     chosen, found = weights_of_keys(keys, FIRST, head, group)
     assert chosen == groups
     torch.testing.assert_close(found, torch.tensor(weights))
+
+
+def test_groups_have_neighbouring_heads(keys: KeysCall, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.rand(6, 1, 3)
+    monkeypatch.setattr(Layer, "attention", lambda self, x, queries: weights[None])
+    monkeypatch.setattr(Layer, "num_heads", 6)
+    for head, group in enumerate([0, 0, 0, 1, 1, 1]):
+        chosen, found = weights_of_keys(keys, FIRST, head, None)
+        assert chosen == [group] and torch.equal(found, weights[head])
 
 
 @pytest.mark.parametrize(("name", "count"), [("head", 4), ("group", 2)])
@@ -159,6 +168,13 @@ def test_circles_leave_room(count: int) -> None:
     assert KeysPanel.fitted([many])[0].largest == pytest.approx(
         min(LARGEST, room / count * (PANEL / 3) ** 2)
     )
+
+
+def test_figures_have_circles_that_leave_room() -> None:
+    many = panel_of(np.ones((10000, 2)), np.full(10000, 0.1))
+    (axis,) = assemble([[many]]).axes
+    circles = axis.collections[1]
+    assert circles.get_sizes()[0] == pytest.approx(KeysPanel.fitted([many])[0].largest)
 
 
 def test_the_layer_that_is_shown(scenes: dict[str, Scene]) -> None:

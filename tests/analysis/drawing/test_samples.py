@@ -314,6 +314,7 @@ def test_rows_may_differ_in_length_and_size(scenes: dict[str, Scene]) -> None:
     figure = assemble([[overview, wide, wide], [tall, wide]])
     axes = [axis for axis in figure.axes if axis.images]
     assert len(axes) == 5
+    assert [axis.axison for axis in figure.axes[:6]] == [True] * 5 + [False]
     width, height = figure.get_size_inches()
     assert width == pytest.approx(3 * 3.2) and height > 3.2 * (2 / 3 + 2)
 
