@@ -1,214 +1,172 @@
-"""Draw detections and the points that deformable convolutions sample for a few positions.
+"""Draw where the deformable layers of a detector sample.
 
-    python tools/visualize_sampling.py CONFIG CHECKPOINT --out sampling.png
+    python tools/visualize_sampling.py CONFIG CHECKPOINT IMAGE --out sampling.png
+    python tools/visualize_sampling.py CONFIG CHECKPOINT  # images of the validation set
 
-A row per image of the validation set: what the detector finds; then, for two detected objects and
-the background, the points that one output of a deformable convolution reads, directly and through
-the deformable convolutions before it (9**depth points of 3x3 kernels). The brighter a point, the
-larger the product of the modulations on its way. White dots are where the same convolutions would
-sample without offsets; the cross is the position of the output.
+A picture for each kind of layers that the detector has: what it finds; then, for detected objects
+and the background, or for positions and queries of your choice,
+
+convolution  the points that one output reads through several deformable convolutions in a row
+             (9**depth points of 3x3 kernels); the brighter, the larger the product of modulations
+roi_pooling  the bins of the RoI of an object, moved by their offsets, as opaque as their masks
+attention    the samples of multi-scale deformable attention by level and weight: of a pixel in the
+             encoder, of the query of an object in the decoder
+keys         the keys of DAT's deformable attention, as large as the attention that they get
+
+With several kinds their names are added to that of the picture: sampling_attention.png. All numbers
+behind the pictures go to a JSON file beside them.
 """
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import cv2
-import matplotlib
-import numpy as np
-from mmdet.apis import inference_detector, init_detector
-from mmdet.registry import DATASETS
-from mmdet.structures import DetDataSample
+from mmengine.config import DictAction
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
-from mmdeform.analysis.sampling import LayerSampling, record_sampling, trace_points
+from mmdeform.analysis.detections import Place, background_place, largest_objects, place_of_query
+from mmdeform.analysis.detectors import build_dataset, load_detector, load_picture
+from mmdeform.analysis.drawing import DetectionsPanel, Look, Row, draw, panels_of, save
+from mmdeform.analysis.recording import KINDS
+from mmdeform.analysis.scene import Scene, look
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the backend is chosen
-
-PANEL = 3.2  # width of one image in the picture, inches of 200 pixels
-Detection = tuple[str, float, np.ndarray, np.ndarray]  # class, score, box (4,), mask (H, W)
-
-
-def detections_of(
-    result: DetDataSample, classes: tuple[str, ...], least_score: float
-) -> list[Detection]:
-    """Detections of at least this score, best first; the box stands in for a missing mask."""
-    found = []
-    instances = result.pred_instances.cpu().numpy()
-    for index in np.argsort(-instances.scores):
-        score, box = float(instances.scores[index]), instances.bboxes[index]
-        if "masks" in instances:
-            mask = instances.masks[index].astype(bool)
-        else:
-            mask = np.zeros(result.ori_shape[:2], bool)
-            left, top, right, bottom = box.round().astype(int).clip(0)
-            mask[top:bottom, left:right] = True
-        if score >= least_score and mask.any():
-            found.append((classes[instances.labels[index]], score, box, mask))
-    return found
+Annotated = list[Any]  # boxes
 
 
-def innermost(mask: np.ndarray) -> tuple[int, int]:
-    """The pixel (x, y) of ``mask`` (shape (H, W), bool) farthest from its border."""
-    padded = np.pad(mask, 1).astype(np.uint8)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    y, x = np.unravel_index(distance.argmax(), distance.shape)
-    return int(x), int(y)
-
-
-def background_of(info: dict, found: list[Detection]) -> np.ndarray:
-    """Where neither an annotated nor a detected object is, shape (H, W), bool."""
-    background = ~np.any([mask for *_, mask in found], axis=0)
-    for instance in info["instances"]:
-        left, top, right, bottom = np.round(instance["bbox"]).astype(int).clip(0)
-        background[top:bottom, left:right] = False
-    return background
-
-
-def draw_detections(axis: plt.Axes, found: list[Detection], colors: dict[str, tuple]) -> None:
-    for name, score, (left, top, right, bottom), mask in found:
-        axis.contour(mask, [0.5], colors=[colors[name]], linewidths=1.6)
-        axis.add_patch(
-            plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=colors[name])
-        )
-        axis.text(
-            np.clip(left, 0, mask.shape[1] - 1),
-            max(top, 0),
-            f"{name} {score:.2f}",
-            fontsize=7,
-            va="bottom" if top > 8 else "top",
-            bbox=dict(fc=colors[name], ec="none", pad=1),
+def scenes(args: argparse.Namespace, model: Any, advance: Any) -> Iterator[tuple[Scene, Annotated]]:
+    """Images as the detector sees them, and the boxes that are annotated there."""
+    layers = args.layers or "**"
+    if args.image:
+        for path in args.image:
+            yield look(model, load_picture(model, path), layers), []
+            advance()
+        return
+    dataset, shown = build_dataset(model.cfg), 0
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        scene = look(model, load_picture(model, info["img_path"]), layers)
+        if args.at or args.query or len(largest_objects(scene.detections(args.score), 2)) == 2:
+            yield scene, [instance["bbox"] for instance in info["instances"]]
+            advance()
+            shown += 1
+        if shown == args.images:
+            return
+    if not shown:
+        raise ValueError(
+            f"{args.checkpoint} detects two objects with a score of {args.score:g} in no image of "
+            "the validation set; train it longer, lower --score or give positions --at"
         )
 
 
-def draw_points(
-    axis: plt.Axes, layers: list[LayerSampling], x: int, y: int, scale: tuple[float, float]
-) -> None:
-    """Draws what the output of the last layer nearest to pixel (x, y) reads.
+def places_of(
+    args: argparse.Namespace, scene: Scene, annotated: Annotated
+) -> tuple[list[Place], list[Place]]:
+    """What to look at in an image, and what where layers have RoIs or object queries."""
+    chosen = [Place(f"({x:g}, {y:g})", (x, y)) for x, y in args.at]
+    chosen += [place_of_query(scene.query_boxes, query) for query in args.query]
+    if chosen:
+        return chosen, chosen
+    found = scene.detections(args.score)
+    if not found:
+        best = max((detection.score for detection in scene.detections()), default=None)
+        there = "nothing" if best is None else f"nothing with a score above {best:.3g}"
+        raise ValueError(
+            f"{args.checkpoint} detects {there} in {scene.picture.path}, and --score is "
+            f"{args.score:g}: lower it, or give positions --at"
+        )
+    objects = [Place.of(detection) for detection in largest_objects(found, args.objects + 1)]
+    background = background_place(scene.picture.size, found, annotated)
+    return objects[: args.objects] + ([background] if background else []), objects
 
-    Args:
-        axis: Where to draw.
-        layers: Recorded layers, in the order in which they run.
-        x, y: Position in the image, pixels.
-        scale: (x, y) size of the network's input relative to the image.
+
+def visualize(args: argparse.Namespace, progress: Progress, task: TaskID) -> dict[Path, str]:
+    """Writes pictures and numbers; see the top of this file and ``--help``.
+
+    Returns:
+        Files that were written, and what they show.
     """
-    regular, _ = trace_points(layers, x * scale[0], y * scale[1], offsets=False)
-    points, weights = trace_points(layers, x * scale[0], y * scale[1])
-    regular = np.unique(regular.cpu().numpy().round(2), axis=0) / scale
-    order = weights.argsort().cpu()
-    points, weights = points.cpu()[order].numpy() / scale, weights.cpu()[order].numpy()
-    axis.scatter(*regular.T, s=5, c="white", linewidths=0)
-    axis.scatter(*points.T, s=9, c=weights / weights.max(), cmap="autumn", vmin=0, linewidths=0)
-    axis.plot(x, y, "+", color="black", markersize=13, markeredgewidth=4)
-    axis.plot(x, y, "+", color="lime", markersize=12, markeredgewidth=2)
+    model = load_detector(args.config, args.checkpoint, args.device, args.cfg_options)
+    what = Look(bool(args.layers), args.depth, args.group, args.head)
+    rows: dict[str, list[Row]] = {}
+    for scene, annotated in scenes(args, model, lambda: progress.advance(task)):
+        places, objects = places_of(args, scene, annotated)
+        for kind in args.kind or scene.kinds:
+            overview = DetectionsPanel.of(scene, args.score)
+            of_kind = panels_of(kind, scene, places, overview, what, objects)
+            rows.setdefault(kind, []).extend(of_kind)
+    written = {}
+    progress.update(task, description="draw", completed=0, total=len(rows))
+    for kind, of_kind in rows.items():
+        name = args.out.name if len(rows) == 1 else f"{args.out.stem}_{kind}{args.out.suffix}"
+        save(draw(of_kind), args.out.with_name(name))
+        layers = dict.fromkeys(layer for row in of_kind for layer in row.layers)
+        written[args.out.with_name(name)] = f"{kind}: {', '.join(layers)}"
+        progress.advance(task)
+    numbers = dict(
+        config=str(args.config),
+        checkpoint=str(args.checkpoint),
+        kinds={kind: [row.numbers() for row in of_kind] for kind, of_kind in rows.items()},
+    )
+    args.out.with_suffix(".json").write_text(json.dumps(numbers))
+    written[args.out.with_suffix(".json")] = "the numbers behind"
+    return written
 
 
-def draw_row(
-    axes: np.ndarray,
-    image: np.ndarray,
-    found: list[Detection],
-    background: np.ndarray,
-    layers: list[LayerSampling],
-    scale: tuple[float, float],
-    colors: dict[str, tuple],
-) -> None:
-    """One image: detections, points of the largest two objects and of the background."""
-    first, second = sorted(found, key=lambda detection: -detection[3].sum())[:2]
-    places = [(first[0], first[3]), (second[0], second[3]), ("background", background)]
-    dimmed = image // 2
-    for axis in axes:
-        axis.imshow(image if axis is axes[0] else dimmed, interpolation="bicubic")
-        axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
-        axis.set(xticks=[], yticks=[])
-    draw_detections(axes[0], found, colors)
-    axes[0].set_title("detections", fontsize=9)
-    for axis, (name, mask) in zip(axes[1:], places, strict=True):
-        x, y = innermost(mask)
-        draw_points(axis, layers, x, y, scale)
-        axis.set_title(f"sampled for: {name}", fontsize=9)
-
-
-def choose_layers(names: list[str], prefix: str, depth: int) -> list[str]:
-    """The last ``depth`` of the layers whose names start with ``prefix``."""
-    chosen = [name for name in names if name.startswith(prefix)]
-    if not 1 <= depth <= len(chosen):
-        raise ValueError(
-            f"--depth must be between 1 and the number of deformable convolutions in --layers "
-            f"{prefix!r}, which is {len(chosen)}, but got {depth}; all of them: {', '.join(names)}"
-        )
-    return chosen[-depth:]
-
-
-def visualize(
-    config: Path,
-    checkpoint: Path,
-    out: Path,
-    images: int,
-    score: float,
-    layers: str,
-    depth: int,
-    device: str,
-) -> int:
-    """Writes the picture; see the top of this file and ``--help``. Returns the number of rows."""
-    model = init_detector(str(config), str(checkpoint), device=device)
-    dataset = DATASETS.build(model.cfg.val_dataloader.dataset)
-    classes = dataset.metainfo["classes"]
-    colors = dict(zip(classes, plt.get_cmap("Set2").colors * len(classes), strict=False))
-    rows = []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("detect", total=images)
-        for index in range(len(dataset)):
-            info = dataset.get_data_info(index)
-            with record_sampling(model) as record:
-                result = inference_detector(model, info["img_path"])
-            found = detections_of(result, classes, score)
-            if len(found) < 2:
-                continue
-            chosen = [record[name] for name in choose_layers(list(record), layers, depth)]
-            image = cv2.imread(info["img_path"])[..., ::-1]
-            scale = result.get("scale_factor", (1.0, 1.0))
-            rows.append((image, found, background_of(info, found), chosen, scale, colors))
-            progress.advance(task)
-            if len(rows) == images:
-                break
-    if not rows:
-        raise ValueError(
-            f"{checkpoint} detects two objects with a score of {score} in no image of the "
-            "validation set; train it longer or lower --score"
-        )
-    height, width = rows[0][0].shape[:2]
-    size = (4 * PANEL, len(rows) * (PANEL * height / width + 0.25))
-    figure, axes = plt.subplots(len(rows), 4, figsize=size, squeeze=False, layout="constrained")
-    for row, content in zip(axes, rows, strict=True):
-        draw_row(row, *content)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=200)
-    return len(rows)
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    add = parser.add_argument
+    add("config", type=Path)
+    add("checkpoint", type=Path)
+    add("image", type=Path, nargs="*", help="default: images of the validation set")
+    add("--out", type=Path, default=Path("sampling.png"), help="picture to write")
+    add("--kind", nargs="+", choices=KINDS, help="kinds of layers; default: all that there are")
+    add(
+        "--at", type=float, nargs=2, action="append", default=[], metavar=("X", "Y"),
+        help="position in the image, pixels; may be repeated; default: detected objects",
+    )  # fmt: skip
+    add(
+        "--query", type=int, action="append", default=[], metavar="N",
+        help="object query of a DETR-like detector, from 0; may be repeated",
+    )  # fmt: skip
+    add(
+        "--layers", nargs="+", metavar="PATTERN",
+        help="names of layers, e.g. 'backbone.layer4.**'; default: those that show most",
+    )  # fmt: skip
+    add("--depth", type=int, help="convolutions to look through; default: 3, or all there are")
+    add("--group", type=int, help="group of convolutions (default: 0) or keys (default: all)")
+    add("--head", type=int, help="head of attention; default: all")
+    add("--score", type=float, default=0.5, help="least score of a detection; default: 0.5")
+    add("--objects", type=int, default=2, help="detected objects beside the background; default: 2")
+    add("--images", type=int, default=4, help="images of the validation set; default: 4")
+    add("--device", default="cpu")
+    add("--cfg-options", nargs="+", action=DictAction, help="changes of the config")
+    args = parser.parse_intermixed_args()
+    for path in (args.config, args.checkpoint, *args.image):
+        if not path.is_file():
+            parser.error(f"{path} does not exist")
+    for name in ("objects", "images"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, but got {getattr(args, name)}")
+    return args
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Draw detections and the points that deformable convolutions sample.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__.split("\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("sampling.png"), help="picture to write")
-    parser.add_argument("--images", type=int, default=4, help="number of rows")
-    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection")
-    parser.add_argument("--layers", default="backbone.layer2", help="prefix of the layers' names")
-    parser.add_argument("--depth", type=int, default=3, help="number of layers to look through")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    for path in (args.config, args.checkpoint):
-        if not path.is_file():
-            parser.error(f"{path} does not exist")
+    args = parse_args(parser)
     try:
-        rows = visualize(**vars(args))
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("detect", total=len(args.image) or args.images)
+            written = visualize(args, progress, task)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{rows} images drawn to {args.out}")
+    for path, contents in written.items():
+        print(f"written: {path} ({contents})")
 
 
 if __name__ == "__main__":

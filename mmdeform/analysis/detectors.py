@@ -18,7 +18,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-__all__ = ["Picture", "build_dataset", "load_detector", "load_picture", "preprocess"]
+__all__ = ["Picture", "build_dataset", "load_detector", "load_picture", "picture_of", "preprocess"]
 
 
 def load_detector(
@@ -121,24 +121,47 @@ class Picture:
         return (np.asarray(points, float) + 0.5) / self.scale - 0.5
 
 
-def load_picture(model: nn.Module, path: str | os.PathLike) -> Picture:
+def load_picture(model: nn.Module | Config, path: str | os.PathLike) -> Picture:
     """Reads an image and sends it through the test pipeline of a detector.
 
     Args:
-        model: What :func:`load_detector` or mmdet's ``init_detector`` returns.
+        model: What :func:`load_detector` or mmdet's ``init_detector`` returns, or its config.
         path: Image file.
 
     Raises:
         ValueError: The file is no image.
     """
+    cfg = model if isinstance(model, Config) else model.cfg
+    pixels = _pixels(path)
+    data = Compose(get_test_pipeline_cfg(cfg))(dict(img_path=str(path), img_id=0))
+    return _picture(path, pixels, data)
+
+
+def picture_of(dataset: Any, index: int) -> Picture:
+    """An image of a data set, and what the data set's own pipeline makes of it.
+
+    Args:
+        dataset: A data set of mmdet for validation or test.
+        index: Which image.
+
+    Raises:
+        ValueError: The file is no image.
+    """
+    path = dataset.get_data_info(index)["img_path"]
+    return _picture(path, _pixels(path), dataset[index])
+
+
+def _pixels(path: str | os.PathLike) -> np.ndarray:
     image = cv2.imread(str(path))
     if image is None:
         raise ValueError(f"{path} is no image that OpenCV can read")
-    pipeline = Compose(get_test_pipeline_cfg(model.cfg))
-    data = pipeline(dict(img_path=str(path), img_id=0))
+    return image[..., ::-1].copy()
+
+
+def _picture(path: str | os.PathLike, pixels: np.ndarray, data: dict[str, Any]) -> Picture:
     scale = data["data_samples"].metainfo.get("scale_factor", (1.0, 1.0))
     batch = pseudo_collate([data])
-    return Picture(Path(path), image[..., ::-1].copy(), batch, (float(scale[0]), float(scale[1])))
+    return Picture(Path(path), pixels, batch, (float(scale[0]), float(scale[1])))
 
 
 def preprocess(model: nn.Module, picture: Picture) -> tuple[Tensor, list]:

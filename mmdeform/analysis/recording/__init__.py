@@ -12,6 +12,7 @@ One contract for all families: see :class:`LayerCall`. Another class of layers j
 """
 
 from .calls import (
+    KINDS,
     AttentionCall,
     ConvolutionCall,
     KeysCall,
@@ -24,6 +25,7 @@ from .pixel_grid import GridTracer, PixelGrid, normalized_grid
 from .recorder import Recording, record
 
 __all__ = [
+    "KINDS",
     "AttentionCall",
     "ConvolutionCall",
     "GridTracer",

@@ -19,6 +19,7 @@ from mmdeform.layers.single_level_deform_attn import SingleLevelDeformableAttent
 from .pixel_grid import GridTracer, PixelGrid
 
 __all__ = [
+    "KINDS",
     "AttentionCall",
     "ConvolutionCall",
     "KeysCall",
@@ -30,6 +31,8 @@ __all__ = [
 
 # mmcv.ops.deform_roi_pool is the function of this name, which hides its module.
 _mmcv_roi = importlib.import_module("mmcv.ops.deform_roi_pool")
+
+KINDS = ("convolution", "roi_pooling", "attention", "keys")  # of layers
 
 # Weights of DAT's attention that are computed at a time: 16 MB of fp32.
 MAX_WEIGHTS = 1 << 22
