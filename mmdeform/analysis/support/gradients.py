@@ -150,7 +150,8 @@ def response_gradients(
         response = node.respond(images)[0]
         if not response.requires_grad:
             raise ValueError(f"the response, {node.name}, does not depend on the image")
-        combinations = directions(len(response), projections or len(response), response)
+        count = len(response) if projections is None else projections
+        combinations = directions(len(response), count, response)
         inputs = [images, *more()]
         for done, direction in enumerate(combinations, 1):
             gradients = torch.autograd.grad(

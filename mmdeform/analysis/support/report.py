@@ -1,0 +1,286 @@
+"""All of the spatial support of one node: panels of a picture, numbers and arrays."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mmdeform.layers.sampling import is_deformable
+
+from ..detectors import Picture
+from . import drawing
+from .choosing import Choice
+from .detections import OUTPUTS, query_outputs
+from .gradients import Progress, effective_receptive_field, output_gradients
+from .saliency import saliency_region
+from .sampling import effective_sampling
+from .summary import field_summary, layer_summary, share_within, strongest_samples
+
+__all__ = ["KINDS", "Options", "SupportReport", "analyze", "default_kinds"]
+
+KINDS = ("erf", "sampling", "saliency", "detr")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the analyses.
+
+    Attributes:
+        layers: Patterns of names of the layers whose samples are shown.
+        samples: How many samples are drawn at most, those with the largest gradients.
+        projections: Backward passes of erf and sampling.
+        bound: Error of the saliency region.
+        cell: Size of its cells, pixels of what the network gets; None: a 24th of the image.
+        passes: Images that may go through the network for it.
+        batch: How many at a time.
+    """
+
+    layers: Sequence[str] = ("**",)
+    samples: int = 2000
+    projections: int = 16
+    bound: float = 0.1
+    cell: int | None = None
+    passes: int = 1000
+    batch: int = 8
+
+
+@dataclass
+class SupportReport:
+    """What is known of a node.
+
+    Attributes:
+        picture: The image.
+        panels: Title of each panel, and what draws it on an axis.
+        numbers: For JSON: of each kind of analysis its numbers.
+        arrays: Maps and points by name; positions in pixels of what the network gets.
+    """
+
+    picture: Picture
+    panels: list[tuple[str, Callable[[Axes], None]]] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def draw(self) -> Figure:
+        """The picture."""
+        return drawing.make_figure(self.picture, self.panels)
+
+
+def default_kinds(choice: Choice) -> list[str]:
+    """The analyses that a node of a detector has."""
+    kinds = ["erf"]
+    if any(is_deformable(module) for module in choice.node.model.modules()):
+        kinds.append("sampling")
+    kinds.append("saliency")
+    return kinds + (["detr"] if choice.query is not None else [])
+
+
+def analyze(
+    picture: Picture,
+    choice: Choice,
+    kinds: Sequence[str],
+    options: Options,
+    progress: Callable[[str], Progress],
+) -> SupportReport:
+    """Runs analyses of a node.
+
+    Args:
+        picture: The image.
+        choice: The node.
+        kinds: Some of :data:`KINDS`, in the order of the panels.
+        options: Settings.
+        progress: Given the kind of an analysis, what to call with its steps done and all of them.
+
+    Raises:
+        ValueError: 'detr' of a node that is no query, 'sampling' without deformable layers before
+            the node, an unknown kind, or settings out of range.
+    """
+    report = SupportReport(picture)
+    node = choice.node
+    where = picture.from_inputs(node.position).tolist()
+    box = None if node.box is None else _box_in_image(picture, node.box)
+    report.numbers["node"] = dict(
+        name=node.name, position=where, box=box, query=choice.query, detection=choice.detection
+    )
+
+    def marked(draw: Callable[[Axes], None]) -> Callable[[Axes], None]:
+        def panel(axis: Axes) -> None:
+            draw(axis)
+            drawing.draw_node(axis, where, box)
+
+        return panel
+
+    title = node.name
+    if choice.detection:
+        title = f"{choice.detection['class']} {choice.detection['score']:.2f}: {title}"
+    report.panels.append((title, marked(lambda axis: drawing.draw_image(axis, picture))))
+    analyses = dict(erf=_erf, sampling=_sampling, saliency=_saliency, detr=_detr)
+    for kind in kinds:
+        if kind not in analyses:
+            raise ValueError(f"kinds must be of {', '.join(KINDS)}, got {kind!r}")
+        analyses[kind](report, choice, options, progress(kind), marked)
+    return report
+
+
+def _erf(
+    report: SupportReport, choice: Choice, options: Options, progress: Progress, marked: Callable
+) -> None:
+    map = effective_receptive_field(choice.node, choice.images, options.projections, progress)
+    map = _without_padding(map, choice)
+    report.numbers["erf"] = _numbers_of(map, choice, report.picture)
+    report.arrays["erf"] = map.cpu().numpy()
+    report.panels.append(
+        (
+            "effective receptive field",
+            marked(lambda axis: drawing.draw_field(axis, report.picture, report.arrays["erf"])),
+        )
+    )
+
+
+def _sampling(
+    report: SupportReport, choice: Choice, options: Options, progress: Progress, marked: Callable
+) -> None:
+    layers = effective_sampling(
+        choice.node, choice.images, options.layers, options.projections, progress
+    )
+    if not layers:
+        raise ValueError(
+            f"no deformable layer that {', '.join(options.layers)} selects runs before the node, "
+            f"{choice.node.name}"
+        )
+    picture = report.picture
+    points, norms, calls = strongest_samples(layers, options.samples)
+    bins = np.array([layers[call].call.kind == "roi_pooling" for call in calls.tolist()], bool)
+    summaries = [layer_summary(layer) for layer in layers]
+    for summary in summaries:
+        if summary["center"] is not None:
+            summary["center"] = picture.from_inputs(summary["center"]).tolist()
+            summary["radius"] /= _scale(picture)
+    top = zip(
+        picture.from_inputs(points[:10]).tolist(), norms[:10].tolist(), calls[:10].tolist(),
+        strict=True,
+    )  # fmt: skip
+    report.numbers["sampling"] = dict(
+        layers=summaries,
+        samples_drawn=len(points),
+        strongest=[
+            dict(position=point, gradient=norm, layer=layers[call].call.name)
+            for point, norm, call in top
+        ],
+    )
+    if choice.node.box is not None and len(points):
+        report.numbers["sampling"]["share_in_box"] = _share_in_box(layers, choice.node.box)
+    report.arrays |= dict(
+        sampling_points=points.cpu().numpy(),
+        sampling_gradients=norms.cpu().numpy(),
+        sampling_calls=calls.cpu().numpy(),
+    )
+    arrays = report.arrays
+    kinds = "bins" if bins.all() and len(bins) else "samples"
+    count = len({layer.call.name for layer in layers})
+    title = f"effective {kinds}: {len(points)} strongest of {count} layer{'s' * (count > 1)}"
+    report.panels.append(
+        (
+            title,
+            marked(
+                lambda axis: drawing.draw_samples(
+                    axis, picture, arrays["sampling_points"], arrays["sampling_gradients"], bins
+                )
+            ),
+        )
+    )
+
+
+def _share_in_box(layers: Sequence[Any], box: Sequence[float]) -> float:
+    """Share of the sum of all norms that belongs to samples inside a box."""
+    inside = total = 0.0
+    for layer in layers:
+        x, y = (layer.call.locations + 0.5).unbind(-1)
+        within = (x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])
+        inside += float(layer.norms[within].double().sum())
+        total += float(layer.norms.double().sum())
+    return inside / total
+
+
+def _saliency(
+    report: SupportReport, choice: Choice, options: Options, progress: Progress, marked: Callable
+) -> None:
+    cell = options.cell or max(4, round(max(choice.size) / 24 / 4) * 4)
+    region = saliency_region(
+        choice.node, choice.images, choice.size, options.bound, cell, options.passes,
+        options.batch, progress,
+    )  # fmt: skip
+    mask = _without_padding(region.mask, choice)
+    numbers = dict(
+        share_of_image=region.share,
+        error=region.error,
+        bound=region.bound,
+        cell_in_network_pixels=region.cell,
+        images_through_the_network=region.passes,
+        complete=region.complete,
+    )
+    if choice.node.box is not None:
+        numbers["share_in_box"] = share_within(mask, choice.node.box)
+    report.numbers["saliency"] = numbers
+    report.arrays["saliency"] = mask.cpu().numpy()
+    title = f"saliency region: {region.share:.0%} of the image, error {region.error:.3f}"
+    if not region.complete:
+        title += " (stopped early)"
+    report.panels.append(
+        (
+            title,
+            marked(
+                lambda axis: drawing.draw_region(axis, report.picture, report.arrays["saliency"])
+            ),
+        )
+    )
+
+
+def _detr(
+    report: SupportReport, choice: Choice, options: Options, progress: Progress, marked: Callable
+) -> None:
+    if choice.query is None:
+        raise ValueError(f"detr needs a query of a detection transformer, got {choice.node.name}")
+    node = query_outputs(
+        choice.node.model, choice.sample, choice.images, choice.query, choice.label
+    )
+    maps = output_gradients(node, choice.images, progress)
+    report.numbers["detr"] = {}
+    for name, map in zip(OUTPUTS, maps, strict=True):
+        map = _without_padding(map, choice)
+        report.numbers["detr"][name] = _numbers_of(map, choice, report.picture)
+        report.arrays[f"detr_{name}"] = map.cpu().numpy()
+
+        def draw(axis: Axes, name: str = name) -> None:
+            drawing.draw_field(axis, report.picture, report.arrays[f"detr_{name}"])
+
+        report.panels.append((f"gradient of {name}", marked(draw)))
+
+
+def _without_padding(map: Tensor, choice: Choice) -> Tensor:
+    height, width = choice.size
+    return map[:height, :width]
+
+
+def _numbers_of(map: Tensor, choice: Choice, picture: Picture) -> dict[str, Any]:
+    """Of a map of gradients, in pixels of the image."""
+    numbers = field_summary(map)
+    if numbers["center"] is not None:
+        numbers["center"] = picture.from_inputs(numbers["center"]).tolist()
+        for name in ("radius", "side_of_half", "side_of_95_percent"):
+            numbers[name] /= _scale(picture)
+    if choice.node.box is not None:
+        numbers["share_in_box"] = share_within(map, choice.node.box)
+    return numbers
+
+
+def _scale(picture: Picture) -> float:
+    """Size of what the network gets relative to the image, mean of both directions."""
+    return (picture.scale[0] * picture.scale[1]) ** 0.5
+
+
+def _box_in_image(picture: Picture, box: Sequence[float]) -> list[float]:
+    return [side / picture.scale[axis % 2] for axis, side in enumerate(box)]
