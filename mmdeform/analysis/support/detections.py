@@ -80,8 +80,7 @@ def roi_node(model: nn.Module, sample: DetDataSample, box: Sequence[float]) -> N
     def respond(images: Tensor) -> Tensor:
         return outputs_of(run, module, images, 1)[0].flatten(1)
 
-    name = f"{what} of the box ({x1:.1f}, {y1:.1f}, {x2:.1f}, {y2:.1f})"
-    return Node(name, model, respond, centre_of((x1, y1, x2, y2)), (x1, y1, x2, y2))
+    return Node(f"{what} of the box", model, respond, centre_of((x1, y1, x2, y2)), (x1, y1, x2, y2))
 
 
 def query_node(model: nn.Module, sample: DetDataSample, images: Tensor, query: int) -> Node:

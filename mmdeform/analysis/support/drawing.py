@@ -1,12 +1,11 @@
 """Pictures of spatial support: what is drawn on an axis of matplotlib over the image."""
 
-import math
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -15,7 +14,8 @@ from ..detectors import Picture
 __all__ = ["draw_field", "draw_image", "draw_region", "draw_samples", "make_figure"]
 
 PANEL = 3.4  # width of one image in the picture, inches
-COLUMNS = 5
+TITLE = 48  # letters of a line
+CAPTION = "brightness: square root of the gradient, relative to the largest of its panel"
 MARK = dict(color="#56B4E9", zorder=5)
 SAMPLES = "plasma"
 FIELD = "inferno"
@@ -59,8 +59,7 @@ def draw_field(axis: Axes, picture: Picture, field: np.ndarray) -> None:
             padding.
     """
     draw_image(axis, picture, 0.35, gray=True)
-    top = np.quantile(field, 0.999) or field.max() or 1.0
-    heat = np.sqrt(np.clip(field / top, 0, 1))
+    heat = _brightness(field)
     height, width = field.shape
     left, upper = picture.from_inputs((-0.5, -0.5))
     right, lower = picture.from_inputs((width - 0.5, height - 0.5))
@@ -68,6 +67,12 @@ def draw_field(axis: Axes, picture: Picture, field: np.ndarray) -> None:
         heat, cmap=FIELD, vmin=0, vmax=1, alpha=np.minimum(1, 1.5 * heat),
         extent=(left, right, lower, upper), interpolation="nearest",
     )  # fmt: skip
+
+
+def _brightness(norms: np.ndarray) -> np.ndarray:
+    """From 0 to 1, which the largest thousandth share, so that one outlier does not darken all."""
+    top = np.quantile(norms, 0.999) or norms.max() or 1.0
+    return np.sqrt(np.clip(norms / top, 0, 1))
 
 
 def draw_samples(
@@ -86,8 +91,8 @@ def draw_samples(
     if not len(points):
         return
     order = np.argsort(norms, kind="stable")
-    points, shares = picture.from_inputs(points)[order], (norms / norms.max())[order]
-    bins = bins[order]
+    points, bins = picture.from_inputs(points)[order], bins[order]
+    shares = _brightness(norms)[order]
     for marker, chosen, size in (("o", ~bins, 9.0), ("s", bins, 22.0)):
         axis.scatter(
             *points[chosen].T, s=size * (0.3 + 0.7 * shares[chosen]), c=shares[chosen],
@@ -115,32 +120,28 @@ def draw_region(axis: Axes, picture: Picture, mask: np.ndarray) -> None:
         axis.contour(kept, [0.5], colors=["white"], linewidths=0.6)
 
 
-def make_figure(picture: Picture, panels: Sequence[tuple[str, Callable[[Axes], None]]]) -> Figure:
-    """Panels with titles, a few in a row.
+def make_figure(
+    picture: Picture, rows: Sequence[Sequence[tuple[str, Callable[[Axes], None]]]]
+) -> Figure:
+    """Rows of panels with titles.
 
     Args:
         picture: The image, which gives the shape of a panel.
-        panels: Title of each, and what draws it.
+        rows: Title of each panel, and what draws it.
     """
-    columns = min(len(panels), COLUMNS)
-    rows = math.ceil(len(panels) / columns)
+    columns = max(map(len, rows))
     width, height = picture.size
     figure = Figure(
-        figsize=(columns * PANEL, rows * (PANEL * height / width + 0.45) + 0.25),
+        figsize=(columns * PANEL, len(rows) * (PANEL * height / width + 0.5) + 0.2),
         layout="constrained",
     )
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (title, draw) in zip(axes, panels, strict=False):
-        draw(axis)
-        axis.set_title(title, fontsize=8)
-    for axis in list(axes)[len(panels) :]:
-        axis.set_axis_off()
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, panels in zip(axes, rows, strict=True):
+        for axis, (title, draw) in zip(row, panels, strict=False):
+            draw(axis)
+            axis.set_title(textwrap.fill(title, TITLE), fontsize=8)
+        for axis in row[len(panels) :]:
+            axis.set_axis_off()
+    figure.supxlabel(CAPTION, fontsize=7)
     return figure
-
-
-def color_bar(figure: Figure, axis: Axes, cmap: str, label: str) -> None:
-    """Explains the colours of a panel, from 0 to its largest value."""
-    bar = figure.colorbar(ScalarMappable(cmap=cmap), ax=axis, fraction=0.04, pad=0.01)
-    bar.set_label(label, fontsize=7)
-    bar.ax.tick_params(labelsize=6)

@@ -55,18 +55,22 @@ class SupportReport:
     Attributes:
         picture: The image.
         panels: Title of each panel, and what draws it on an axis.
+        outputs: The same of the outputs of a query, which stand in a row of their own.
         numbers: For JSON: of each kind of analysis its numbers.
         arrays: Maps and points by name; positions in pixels of what the network gets.
     """
 
     picture: Picture
     panels: list[tuple[str, Callable[[Axes], None]]] = field(default_factory=list)
+    outputs: list[tuple[str, Callable[[Axes], None]]] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def draw(self) -> Figure:
         """The picture."""
-        return drawing.make_figure(self.picture, self.panels)
+        return drawing.make_figure(
+            self.picture, [row for row in (self.panels, self.outputs) if row]
+        )
 
 
 def default_kinds(choice: Choice) -> list[str]:
@@ -257,7 +261,7 @@ def _detr(
         def draw(axis: Axes, name: str = name) -> None:
             drawing.draw_field(axis, report.picture, report.arrays[f"detr_{name}"])
 
-        report.panels.append((f"gradient of {name}", marked(draw)))
+        report.outputs.append((f"gradient of {name}", marked(draw)))
 
 
 def _without_padding(map: Tensor, choice: Choice) -> Tensor:

@@ -6,13 +6,15 @@ paper finds it by progressive masking and does not publish how. The solver here 
 own:
 
 - The image is divided into cells, and a masked cell has the mean colour, zero after normalisation.
-- Cells are ordered by how much of the response hangs on them, to first order: the gradient times
-  what masking would change. The largest number of cells from the start of this order which can be
-  masked at once, within the error, is masked, with several numbers tried in one batch.
+- Cells are ordered by how much of the response hangs on them, to first order: the squares of the
+  gradient of each pixel times what masking would change there. The largest number of cells from the
+  start of this order which is found to be masked within the error is masked, with several numbers
+  tried in one batch.
 - That is repeated with the order at the new image until nothing more can be masked, first for
   blocks of cells, then for cells.
-- Then each cell is tried by itself. Cells are put in the order of their errors, and masked as
-  before, until no single one of those left can be masked.
+- Then each cell is tried by itself. Those that can be masked are put in the order of their errors
+  and masked as before; what is left of them is tried again, and in the end once more all cells,
+  until no single one of those left can be masked.
 
 So no cell of the result can be left out, but there may be smaller regions: the problem is one of
 choosing the best of all sets of cells. Everything is deterministic.
@@ -117,11 +119,11 @@ class _Masking:
         images = torch.where(self.pixels(self.kept), self.images, 0)
         total = torch.zeros_like(self.kept, dtype=images.dtype)
         for gradients in response_gradients(self.node, images, IMPORTANCE_PROJECTIONS):
-            change = (gradients[0] * images).sum(1)  # (1, H, W)
+            change = (gradients[0] * images).sum(1).square()  # (1, H, W)
             change = change[:, : self.size[0], : self.size[1]]
             over = [-side % self.cell for side in self.size]
             change = functional.pad(change, (0, over[1], 0, over[0]))
-            total += functional.avg_pool2d(change, self.cell)[0].square()
+            total += functional.avg_pool2d(change, self.cell)[0]
         return total
 
 
@@ -170,7 +172,7 @@ def saliency_region(
         for block in (4, 2, 1):
             while _mask_in_order(masking, bound, block, _blocks(masking, block)):
                 pass
-        while _mask_in_order(masking, bound, 1, _by_errors(masking, bound)):
+        while _mask_single_cells(masking, bound):
             pass
         complete = True
     except _OutOfPasses:
@@ -200,9 +202,21 @@ def _blocks(masking: _Masking, block: int) -> Tensor:
     return places[total[kept > 0].argsort(stable=True)]
 
 
-def _by_errors(masking: _Masking, bound: float) -> Tensor:
-    """Cells that can be masked by themselves, the least error first, shape (n, 2)."""
-    places = masking.kept.nonzero()
+def _mask_single_cells(masking: _Masking, bound: float) -> bool:
+    """Masks cells that can be masked by themselves, until none of these can; whether any could."""
+    places = _by_errors(masking, bound, masking.kept.nonzero())
+    found = len(places) > 0
+    while len(places):
+        if not _mask_in_order(masking, bound, 1, places):
+            return False  # an error at the bound, which rounding moved across it
+        places = _by_errors(masking, bound, places[masking.kept[places[:, 0], places[:, 1]]])
+    return found
+
+
+def _by_errors(masking: _Masking, bound: float, places: Tensor) -> Tensor:
+    """Those of some cells that can be masked by themselves, the least error first, shape (n, 2)."""
+    if not len(places) or masking.kept.sum() < 2:
+        return places[:0]
     errors = torch.tensor(masking.errors(_without(masking.kept, places[:, None], 1)))
     possible = (errors <= bound).nonzero()[:, 0]
     return places[possible[errors[possible].argsort(stable=True)].to(places.device)]
@@ -229,11 +243,17 @@ def _mask_in_order(masking: _Masking, bound: float, block: int, places: Tensor) 
         choices = torch.cat(
             [_without(masking.kept, places[None, :count], block) for count in counts]
         )
-        for count, choice, its_error in zip(counts, choices, masking.errors(choices), strict=True):
-            if its_error <= bound and choice.any():
-                possible, best, error = count, choice, its_error
-            else:
-                impossible = count
-                break
+        errors = masking.errors(choices)
+        fitting = [
+            step
+            for step, its_error in enumerate(errors)
+            if its_error <= bound and choices[step].any()
+        ]
+        # More may be masked where less may not: edges between both mislead a network as well.
+        last = fitting[-1] if fitting else -1
+        if fitting:
+            possible, best, error = counts[last], choices[last], errors[last]
+        if last + 1 < steps:
+            impossible = counts[last + 1]
     masking.kept, masking.error = best, error
     return possible > 0
