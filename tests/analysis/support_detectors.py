@@ -35,7 +35,7 @@ def detector_config(kind: str) -> Config:
         cfg.model.update(num_queries=10, with_box_refine=False)
         cfg.model.backbone.update(depth=18, base_channels=8, stem_channels=8)
         cfg.model.neck.in_channels = [16, 32, 64]
-        cfg.model.encoder.num_layers = cfg.model.decoder.num_layers = 2
+        cfg.model.encoder.num_layers, cfg.model.decoder.num_layers = 1, 2
     else:
         cfg = Config.fromfile(MODELS / f"{kind}{'-rcnn' * (kind == 'faster')}_r50-small.py")
         cfg.model.backbone.update(base_channels=4, stem_channels=8)

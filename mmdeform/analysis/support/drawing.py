@@ -76,7 +76,7 @@ def _brightness(norms: np.ndarray) -> np.ndarray:
 
 
 def draw_samples(
-    axis: Axes, picture: Picture, points: np.ndarray, norms: np.ndarray, bins: np.ndarray
+    axis: Axes, picture: Picture, points: np.ndarray, norms: np.ndarray, bins: bool = False
 ) -> None:
     """Sampling locations, coloured by gradient norm, the largest on top.
 
@@ -85,19 +85,17 @@ def draw_samples(
         picture: The image.
         points: (x, y) in pixels of what the network gets, shape (P, 2).
         norms: Shape (P,).
-        bins: Which of them are bins of RoI pooling, drawn as squares, bool, shape (P,).
+        bins: Whether they are bins of RoI pooling, which are drawn as squares. Default: False.
     """
     draw_image(axis, picture, 0.5, gray=True)
     if not len(points):
         return
     order = np.argsort(norms, kind="stable")
-    points, bins = picture.from_inputs(points)[order], bins[order]
     shares = _brightness(norms)[order]
-    for marker, chosen, size in (("o", ~bins, 9.0), ("s", bins, 22.0)):
-        axis.scatter(
-            *points[chosen].T, s=size * (0.3 + 0.7 * shares[chosen]), c=shares[chosen],
-            cmap=SAMPLES, vmin=0, vmax=1, marker=marker, linewidths=0, zorder=3,
-        )  # fmt: skip
+    axis.scatter(
+        *picture.from_inputs(points)[order].T, s=(24 if bins else 9) * (0.3 + 0.7 * shares),
+        c=shares, cmap=SAMPLES, vmin=0, vmax=1, marker="s" if bins else "o", linewidths=0, zorder=3,
+    )  # fmt: skip
 
 
 def draw_region(axis: Axes, picture: Picture, mask: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from .choosing import Choice
 from .detections import OUTPUTS, query_outputs
 from .gradients import Progress, effective_receptive_field, output_gradients
 from .saliency import saliency_region
-from .sampling import effective_sampling
+from .sampling import LocationGradient, effective_sampling
 from .summary import field_summary, layer_summary, share_within, strongest_samples
 
 __all__ = ["KINDS", "Options", "SupportReport", "analyze", "default_kinds"]
@@ -156,49 +156,54 @@ def _sampling(
             f"{choice.node.name}"
         )
     picture = report.picture
-    points, norms, calls = strongest_samples(layers, options.samples)
-    bins = np.array([layers[call].call.kind == "roi_pooling" for call in calls.tolist()], bool)
     summaries = [layer_summary(layer) for layer in layers]
     for summary in summaries:
         if summary["center"] is not None:
             summary["center"] = picture.from_inputs(summary["center"]).tolist()
             summary["radius"] /= _scale(picture)
-    top = zip(
-        picture.from_inputs(points[:10]).tolist(), norms[:10].tolist(), calls[:10].tolist(),
-        strict=True,
-    )  # fmt: skip
-    report.numbers["sampling"] = dict(
-        layers=summaries,
-        samples_drawn=len(points),
+    numbers = report.numbers["sampling"] = dict(layers=summaries)
+    if choice.node.box is not None:
+        numbers["share_in_box"] = _share_in_box(layers, choice.node.box)
+    # A bin stands for many samples: with others in one panel it would outshine them.
+    for name, are_bins in (("samples", False), ("bins", True)):
+        chosen = [layer for layer in layers if (layer.call.kind == "roi_pooling") == are_bins]
+        if chosen:
+            numbers[name] = _draw_strongest(report, chosen, options.samples, name, marked)
+
+
+def _draw_strongest(
+    report: SupportReport,
+    layers: Sequence[LocationGradient],
+    count: int,
+    name: str,
+    marked: Callable,
+) -> dict[str, Any]:
+    """A panel of the samples or bins with the largest gradients, and their numbers."""
+    picture = report.picture
+    points, norms, calls = strongest_samples(layers, count)
+    arrays = {"points": points, "gradients": norms, "calls": calls}
+    report.arrays |= {f"{name}_{key}": array.cpu().numpy() for key, array in arrays.items()}
+    places = picture.from_inputs(points).tolist()
+
+    def draw(axis: Axes) -> None:
+        drawing.draw_samples(
+            axis, picture, points.cpu().numpy(), norms.cpu().numpy(), name == "bins"
+        )
+
+    names = list(dict.fromkeys(layer.call.name for layer in layers))
+    where = names[0] if len(names) == 1 else f"{len(names)} layers"
+    report.panels.append((f"effective {name}: {len(points)} strongest of {where}", marked(draw)))
+    top = zip(places[:10], norms[:10].tolist(), calls[:10].tolist(), strict=True)
+    return dict(
+        drawn=len(points),
         strongest=[
-            dict(position=point, gradient=norm, layer=layers[call].call.name)
-            for point, norm, call in top
+            dict(position=place, gradient=norm, layer=layers[call].call.name)
+            for place, norm, call in top
         ],
     )
-    if choice.node.box is not None and len(points):
-        report.numbers["sampling"]["share_in_box"] = _share_in_box(layers, choice.node.box)
-    report.arrays |= dict(
-        sampling_points=points.cpu().numpy(),
-        sampling_gradients=norms.cpu().numpy(),
-        sampling_calls=calls.cpu().numpy(),
-    )
-    arrays = report.arrays
-    kinds = "bins" if bins.all() and len(bins) else "samples"
-    count = len({layer.call.name for layer in layers})
-    title = f"effective {kinds}: {len(points)} strongest of {count} layer{'s' * (count > 1)}"
-    report.panels.append(
-        (
-            title,
-            marked(
-                lambda axis: drawing.draw_samples(
-                    axis, picture, arrays["sampling_points"], arrays["sampling_gradients"], bins
-                )
-            ),
-        )
-    )
 
 
-def _share_in_box(layers: Sequence[Any], box: Sequence[float]) -> float:
+def _share_in_box(layers: Sequence[LocationGradient], box: Sequence[float]) -> float:
     """Share of the sum of all norms that belongs to samples inside a box."""
     inside = total = 0.0
     for layer in layers:
@@ -206,7 +211,7 @@ def _share_in_box(layers: Sequence[Any], box: Sequence[float]) -> float:
         within = (x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])
         inside += float(layer.norms[within].double().sum())
         total += float(layer.norms.double().sum())
-    return inside / total
+    return inside / total if total else 0.0
 
 
 def _saliency(
