@@ -407,10 +407,10 @@ def test_the_model_stays_as_it_is(fails: bool) -> None:
 
 def test_without_anything_trainable() -> None:
     """Where nothing but the image is in the graph, and the offsets do not come from it."""
-    for name in ("offsets", "attention"):
+    for name in ("offsets", "attention", "mmcv attention"):
         model = make(name).requires_grad_(False)
-        if name == "attention":
-            model.call = lambda layer, map: attend_from_embeddings(layer, map)
+        if name != "offsets":
+            model.call = attend_from_embeddings
         images = torch.randn(1, 2, 12, 16).double()
         (found,) = effective_sampling(first_output(model), images)
         assert found.norms.max() > 1e-3

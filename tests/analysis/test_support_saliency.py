@@ -65,6 +65,28 @@ def test_the_region_is_the_smallest_within_the_error() -> None:
     assert torch.equal(region.mask, again.mask) and region.passes == again.passes
 
 
+def test_what_changes_the_length_alone_is_not_needed() -> None:
+    """By its gradient it is what matters most: only trying it shows that it can go."""
+
+    def respond(images: Tensor) -> Tensor:
+        return model(images) * (1 + 9 * images[:, :, :8, :8].mean((1, 2, 3))[:, None])
+
+    model = Window(slice(16, 28), slice(12, 20)).eval()
+    images = torch.rand(1, 3, 32, 40, generator=torch.Generator().manual_seed(3)) + 0.5
+    region = saliency_region(Node("scaled", model, respond, (0, 0)), images, bound=1e-6, cell=4)
+    expected = torch.zeros(32, 40, dtype=torch.bool)
+    expected[16:28, 12:20] = True
+    assert torch.equal(region.mask, expected) and region.complete
+
+
+def test_gradients_save_passes() -> None:
+    """Most of an image that a node does not read is masked at once."""
+    model = Window(slice(60, 68), slice(60, 68)).eval()
+    images = torch.rand(1, 3, 128, 128) + 0.1
+    region = saliency_region(window_node(model), images, bound=1e-6, cell=4)
+    assert region.share == 4 / 32**2 and region.passes < 100  # trying each cell: more than 1024
+
+
 def test_regions_where_the_cells_do_not_fit() -> None:
     """Padding is no part of the region, and the last cells are cut off."""
     model = Window(slice(0, 22), slice(30, 35)).eval()
