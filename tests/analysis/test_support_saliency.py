@@ -69,7 +69,7 @@ def test_what_changes_the_length_alone_is_not_needed() -> None:
     """By its gradient it is what matters most: only trying it shows that it can go."""
 
     def respond(images: Tensor) -> Tensor:
-        return model(images) * (1 + 9 * images[:, :, :8, :8].mean((1, 2, 3))[:, None])
+        return model(images) * (15 * images[:, :, :4, :4].mean((1, 2, 3)) - 15).exp()[:, None]
 
     model = Window(slice(16, 28), slice(12, 20)).eval()
     images = torch.rand(1, 3, 32, 40, generator=torch.Generator().manual_seed(3)) + 0.5

@@ -11,6 +11,10 @@ import pytest
 pytest.importorskip("mmdet")
 import cv2
 
+from mmdeform.analysis.detectors import load_detector, load_picture
+from mmdeform.analysis.support import output_gradients, query_outputs
+from mmdeform.analysis.support.choosing import choose_query
+
 from ..analysis.support_detectors import write
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +120,12 @@ def test_a_query(
         "decoder.**", "--projections", 1, "--out", out)  # fmt: skip
     numbers = json.loads(out.with_suffix(".json").read_text())
     assert list(numbers["detr"]) == ["x", "y", "w", "h", "c"]
-    assert all(numbers["detr"][name]["sum"] > 0 for name in "xywhc")
+    model = load_detector(transformer["config"], transformer["checkpoint"])
+    choice = choose_query(model, load_picture(model, transformer["image"]), 3)
+    maps = output_gradients(query_outputs(model, choice.sample, choice.images, 3), choice.images)
+    sums = [numbers["detr"][name]["sum"] for name in "xywhc"]
+    assert sums == pytest.approx(maps[:, :60, :90].sum((1, 2)).tolist(), rel=1e-4)
+    assert min(sums) > 0
     assert numbers["node"]["query"] == 3 and numbers["node"]["detection"] is None
     names = [layer["layer"] for layer in numbers["sampling"]["layers"]]
     assert names == [f"decoder.layers.{index}.cross_attn" for index in (0, 1)]
