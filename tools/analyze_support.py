@@ -35,13 +35,7 @@ from mmdeform.analysis.support.choosing import (
     choose_feature,
     choose_query,
 )
-from mmdeform.analysis.support.report import (
-    KINDS,
-    Options,
-    SupportReport,
-    analyze,
-    default_kinds,
-)
+from mmdeform.analysis.support.report import KINDS, Options, SupportReport, analyze
 
 DPI = 200
 
@@ -66,7 +60,7 @@ def support(args: argparse.Namespace) -> SupportReport:
             task = bars.add_task(kind, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        report = analyze(picture, choice, args.what or default_kinds(choice), options, progress)
+        report = analyze(picture, choice, args.what, options, progress)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report.draw().savefig(args.out, dpi=DPI)
     files = dict(config=args.config, checkpoint=args.checkpoint, image=args.image)

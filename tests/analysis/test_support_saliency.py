@@ -60,7 +60,8 @@ def test_the_region_is_the_smallest_within_the_error() -> None:
         region.error == pytest.approx(1 - (kept / cells) ** 0.5, abs=1e-6) and region.bound == 0.1
     )
     assert not region.mask[:, :8].any() and not region.mask[24:].any()
-    assert steps[-1][0] == region.passes and steps[-1][1] == 1000
+    assert steps[-1] == (region.passes, region.passes) and steps[0] == (1, 1000)
+    assert steps[-2] == (region.passes, 1000)
     again = saliency_region(window_node(model), images, cell=4)
     assert torch.equal(region.mask, again.mask) and region.passes == again.passes
 

@@ -145,6 +145,17 @@ def test_a_pixel(
     assert numbers["node"]["box"] is None and "share_in_box" not in numbers["erf"]
 
 
+def test_where_nothing_is_sampled(
+    tool: ModuleType, faster: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a node does not have is left out, unless it is asked for."""
+    out = tmp_path / "support.png"
+    run(tool, monkeypatch, faster, "--at", 40, 25, "--node", "backbone.layer1", "--steps", 20,
+        "--projections", 1, "--out", out)  # fmt: skip
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert {"erf", "saliency"} == set(numbers) & {"erf", "sampling", "saliency", "detr"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

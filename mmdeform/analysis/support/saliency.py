@@ -149,7 +149,8 @@ def saliency_region(
         passes: How many images may go through the network. When they are used up, the region is
             what is left by then. Default: 1000.
         batch: How many at a time. Default: 8.
-        progress: Called with the passes done and all of them. Default: None.
+        progress: Called with the passes done and those allowed, in the end those done twice.
+            Default: None.
 
     Raises:
         ValueError: ``bound``, ``cell``, ``passes`` or ``batch`` is out of range; the response is
@@ -177,6 +178,8 @@ def saliency_region(
         complete = True
     except _OutOfPasses:
         complete = False
+    if progress:
+        progress(masking.passes, masking.passes)  # which may be fewer than allowed
     mask = masking.pixels(masking.kept)
     return SaliencyRegion(
         mask=mask,
