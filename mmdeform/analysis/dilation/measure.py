@@ -5,18 +5,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from torch import nn
 
+from mmdeform.layers.dcn_base import DCNBase
 from mmdeform.layers.sampling import deformable_layers
 
 from ..detectors import Picture, load_picture
 from ..recording import ConvolutionCall, record
-from ..sampling import CONVOLUTIONS
 from .filters import adjacent_taps, effective_dilation
 from .objects import CLASSES, LEFT_OUT, object_classes, size_classes
 from .spread import LayerDilation
 
 __all__ = ["EffectiveDilation"]
+
+CONVOLUTIONS = (DeformConv2d, ModulatedDeformConv2d, DCNBase)
 
 
 class EffectiveDilation:
