@@ -24,9 +24,9 @@ from rich.table import Table
 import mmdeform  # noqa: F401  (configs may inherit from mmdeform::)
 from mmdeform.analysis.attention import attention_layers
 from mmdeform.analysis.attention.checkpoints import find_checkpoints, order_checkpoints
-from mmdeform.analysis.attention.detector import build_detector, first_samples
 from mmdeform.analysis.attention.drawing import draw_sparsity
 from mmdeform.analysis.attention.run import MEASURES, CheckpointSparsity, measure_run, summary
+from mmdeform.analysis.detectors import build_dataset, build_detector
 
 
 def table_of(measured: CheckpointSparsity) -> Table:
@@ -51,10 +51,17 @@ def table_of(measured: CheckpointSparsity) -> Table:
 
 def measure(args: argparse.Namespace) -> list[CheckpointSparsity]:
     """Does what the top of this file says. Returns what it measured."""
-    model = build_detector(args.config, args.cfg_options, args.device)
+    model = build_detector(args.config, args.device, args.cfg_options)
     attention_layers(model, args.layers)  # an error before anything is read
     checkpoints = order_checkpoints(find_checkpoints(args.checkpoints), model)
-    samples, names = first_samples(model.cfg, args.data, args.images)
+    dataset = build_dataset(model.cfg, args.data)
+    if not 1 <= args.images <= len(dataset):
+        raise ValueError(
+            f"the number of images must be between 1 and {len(dataset)}, all that the {args.data} "
+            f"set has, but got {args.images}"
+        )
+    names = [str(dataset.get_data_info(index)["img_path"]) for index in range(args.images)]
+    samples = [dataset[index] for index in range(args.images)]
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measure", total=len(checkpoints) * len(samples))
         measured = measure_run(

@@ -19,30 +19,26 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from mmengine import DictAction
 from rich.console import Console
 from rich.progress import Progress
 
 import mmdeform  # noqa: F401  (configs may inherit from mmdeform::)
 from mmdeform.analysis.attention import attention_layers
-from mmdeform.analysis.attention.checkpoints import load_weights
-from mmdeform.analysis.attention.detector import build_detector, class_names, image_sample
 from mmdeform.analysis.attention.panels import draw_rows
 from mmdeform.analysis.attention.rows import Subject, detection_rows, position_rows
 from mmdeform.analysis.attention.views import view_image
+from mmdeform.analysis.detectors import Picture, load_detector, load_picture
 
 
-def look(config: Path, checkpoint: Path, args: argparse.Namespace) -> tuple[np.ndarray, Subject]:
+def look(config: Path, checkpoint: Path, args: argparse.Namespace) -> tuple[Picture, Subject]:
     """The image, and what a detector sees in it."""
-    model = build_detector(config, args.cfg_options, args.device)
-    load_weights(model, checkpoint)
+    model = load_detector(config, checkpoint, args.device, args.cfg_options)
     layers = attention_layers(model, ["encoder.**", "decoder.**"])
-    image, sample = image_sample(model.cfg, args.image)
-    view = view_image(model, sample, layers)
-    scale = sample["data_samples"].get("scale_factor", (1.0, 1.0))
-    scale = (float(scale[0]), float(scale[1]))
-    return image, Subject(type(model).__name__, view, scale, class_names(model.cfg))
+    picture = load_picture(model, args.image)
+    view = view_image(model, picture, layers)
+    classes = tuple((model.dataset_meta or {}).get("classes", ()))
+    return picture, Subject(type(model).__name__, view, picture.scale, classes)
 
 
 def visualize(args: argparse.Namespace) -> int:
@@ -51,14 +47,14 @@ def visualize(args: argparse.Namespace) -> int:
     subjects: list[Subject] = []
     with Progress(console=Console(stderr=True)) as progress:
         for config, checkpoint in progress.track(models, description="detect"):
-            image, subject = look(config, checkpoint, args)
+            picture, subject = look(config, checkpoint, args)
             subjects.append(subject)
     if len({subject.name for subject in subjects}) < len(subjects):
         subjects = [
             replace(subject, name=f"{subject.name} {number}")
             for number, subject in enumerate(subjects, 1)
         ]
-    height, width = image.shape[:2]
+    width, height = picture.size
     for x, y in args.query:
         if not (0 <= x < width and 0 <= y < height):
             raise ValueError(
@@ -70,7 +66,7 @@ def visualize(args: argparse.Namespace) -> int:
     else:
         rows, reports = detection_rows(subjects, args.detections, args.head)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_rows(image, rows).savefig(args.out, dpi=200)
+    draw_rows(picture.pixels, rows).savefig(args.out, dpi=200)
     report = {
         "image": str(args.image),
         "detectors": [

@@ -18,7 +18,15 @@ from mmengine.registry import init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-__all__ = ["Picture", "build_dataset", "load_detector", "load_picture", "picture_of", "preprocess"]
+__all__ = [
+    "Picture",
+    "build_dataset",
+    "build_detector",
+    "load_detector",
+    "load_picture",
+    "picture_of",
+    "preprocess",
+]
 
 
 def load_detector(
@@ -44,6 +52,28 @@ def load_detector(
     Raises:
         ValueError: The config has no model, or the checkpoint is no checkpoint of it.
     """
+    model = build_detector(config, "cpu", cfg_options)
+    if checkpoint is None:
+        model.init_weights()
+        model.eval()  # some models set modes there
+    else:
+        meta = _load_strictly(model, checkpoint).get("dataset_meta")
+        model.dataset_meta = meta or model.dataset_meta
+    return model.to(device)
+
+
+def build_detector(
+    config: str | os.PathLike | Config,
+    device: str | torch.device = "cpu",
+    cfg_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Builds a detector in evaluation mode; weights are as its constructors leave them.
+
+    Args and Returns: as of :func:`load_detector`.
+
+    Raises:
+        ValueError: The config has no model.
+    """
     cfg = config if isinstance(config, Config) else Config.fromfile(config)
     if cfg_options:
         cfg.merge_from_dict(dict(cfg_options))
@@ -51,15 +81,11 @@ def load_detector(
         raise ValueError(f"{cfg.filename} has no model")
     init_default_scope(cfg.get("default_scope", "mmdet"))
     model = MODELS.build(cfg.model)
-    if checkpoint is None:
-        model.init_weights()
-    else:
-        model.dataset_meta = _load_strictly(model, checkpoint).get("dataset_meta")
     model.cfg = cfg
-    if not getattr(model, "dataset_meta", None):
-        dataset = cfg.get("val_dataloader", {}).get("dataset", {})
-        model.dataset_meta = dict(dataset.get("metainfo") or {})
-    model.to(device).eval()  # some models' eval() returns None
+    dataset = (cfg.get("val_dataloader") or {}).get("dataset", {})
+    model.dataset_meta = dict(dataset.get("metainfo") or {})
+    model.to(device)
+    model.eval()  # of some models it returns None
     return model
 
 
@@ -129,9 +155,11 @@ def load_picture(model: nn.Module | Config, path: str | os.PathLike) -> Picture:
         path: Image file.
 
     Raises:
-        ValueError: The file is no image.
+        ValueError: The file is no image, or the config has no test pipeline.
     """
     cfg = model if isinstance(model, Config) else model.cfg
+    if not cfg.get("test_dataloader"):
+        raise ValueError(f"{cfg.filename} has no test_dataloader with a pipeline for images")
     pixels = _pixels(path)
     data = Compose(get_test_pipeline_cfg(cfg))(dict(img_path=str(path), img_id=0))
     return _picture(path, pixels, data)

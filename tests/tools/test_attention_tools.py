@@ -26,10 +26,10 @@ from mmengine.runner import Runner
 import mmdeform  # noqa: F401
 from mmdeform.analysis.attention import attention_layers, record_sparsity
 from mmdeform.analysis.attention.checkpoints import load_weights
-from mmdeform.analysis.attention.detector import build_detector, first_samples, image_sample
 from mmdeform.analysis.attention.drawing import draw_sparsity
 from mmdeform.analysis.attention.panels import Panel, Row, draw_rows, make_panels
 from mmdeform.analysis.attention.views import view_image
+from mmdeform.analysis.detectors import build_dataset, build_detector, load_detector, load_picture
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -161,7 +161,8 @@ def test_sparsity_of_a_run(
     assert saved == [(1, 1), (2, 2)]
 
     model = build_detector(this.config)
-    samples, _ = first_samples(model.cfg, "val", 2)
+    dataset = build_dataset(model.cfg)
+    samples = [dataset[index] for index in range(2)]
     for one in report["checkpoints"]:
         load_weights(model, Path(one["checkpoint"]))
         with record_sparsity(attention_layers(model)) as record:
@@ -305,13 +306,12 @@ class Outputs:
 def test_detections_are_the_same_and_those_of_the_queries(
     trained: dict[str, SimpleNamespace], kind: str, image: Path
 ) -> None:
-    model = build_detector(trained[kind].config)
-    load_weights(model, trained[kind].last)
-    _, sample = image_sample(model.cfg, image)
+    model = load_detector(trained[kind].config, trained[kind].last)
+    picture = load_picture(model, image)
 
     def detect() -> Any:
         torch.manual_seed(3)
-        (result,) = model.test_step({key: [copy.deepcopy(value)] for key, value in sample.items()})
+        (result,) = model.test_step(copy.deepcopy(picture.batch))
         return result
 
     plain = detect()
@@ -320,7 +320,7 @@ def test_detections_are_the_same_and_those_of_the_queries(
     with record_sparsity(layers):
         assert Outputs(model, detect()).same(expected)
     torch.manual_seed(3)
-    view = view_image(model, copy.deepcopy(sample), layers)
+    view = view_image(model, load_picture(model, image), layers)
     assert Outputs(model, plain).same(expected)
     assert Outputs(model, detect()).same(expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -342,9 +342,8 @@ def test_detections_are_the_same_and_those_of_the_queries(
 def test_padding_takes_no_part(trained: dict[str, SimpleNamespace], image: Path) -> None:
     """The image is 40 pixels high, the input 64: mmdet masks the last row of 16 pixels."""
     model = build_detector(trained["dense"].config)
-    _, sample = image_sample(model.cfg, image)
     with record_sparsity(attention_layers(model)) as record:
-        model.test_step({key: [value] for key, value in sample.items()})
+        model.test_step(load_picture(model, image).batch)
     encoder, cross = record["encoder.layers.0.self_attn"], record["decoder.layers.1.cross_attn"]
     assert (encoder.queries, encoder.most_keys) == (12, 12)
     assert (cross.queries, cross.fewest_keys) == (10, 12)
@@ -432,11 +431,13 @@ def test_wrong_input_of_pictures_is_refused(
     fewer.write_text(
         other.config.read_text().replace("'disc',", "'circle',").replace('"disc",', '"circle",')
     )
+    bare = tmp_path / "bare.pth"  # says nothing of classes, so that the config does
+    torch.save(torch.load(other.last, weights_only=False)["state_dict"], bare)
     for arguments, message in (
         ((this.config, tmp_path / "no.pth", image), "no.pth does not exist"),
         ((*start, tmp_path / "no.png"), "no.png does not exist"),
         ((*start, this.config), "is no image that OpenCV can read"),
-        ((this.config, other.last, image), "does not fit the DETR of the config"),
+        ((this.config, other.last, image), "does not fit DETR"),
         ((plain, tmp_path / "plain.pth", image), "ResNet has no attention layer"),
         ((*start, image, "--cfg-options", "test_dataloader=None"), "has no test_dataloader"),
         ((*start, image, "--detections", 0), "--detections must be at least 1, but got 0"),
@@ -444,7 +445,7 @@ def test_wrong_input_of_pictures_is_refused(
         ((*start, image, "--query", 3, -1), "80 pixels wide and 50 high, but got 3 -1"),
         ((*start, image, "--query", 3, 3, "--level", 1), "level must be below 1, but got 1"),
         ((*start, image, "--head", 8), "head must be between 0 and 7 in decoder.layers.1.cross"),
-        ((*start, image, "--compare", fewer, other.last), "must have the same classes, got disc"),
+        ((*start, image, "--compare", fewer, bare), "must have the same classes, got disc"),
         ((*start, image, "--compare", fewer, tmp_path / "no"), "no does not exist"),
     ):
         assert message in refused(visualize, capsys, *arguments)

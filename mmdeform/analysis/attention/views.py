@@ -1,7 +1,7 @@
 """What a DETR attends to in one image, query by query.
 
     layers = attention_layers(model, ["encoder.**", "decoder.**"])
-    view = view_image(model, sample, layers)
+    view = view_image(model, picture, layers)
     best = view.best_predictions(3)
     view.attention_map("decoder.layers.5.cross_attn", best[0].query).weights
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 
+from ..detectors import Picture
 from .core import Attention, place_of, record_attention
 from .maps import AttentionMap, Samples, cell_size, dense_map, samples_of, splat
 
@@ -138,14 +138,12 @@ class ImageView:
         return samples_of(self.attentions[name], query)
 
 
-def view_image(
-    model: nn.Module, sample: Mapping[str, Any], layers: Mapping[str, nn.Module]
-) -> ImageView:
+def view_image(model: nn.Module, picture: Picture, layers: Mapping[str, nn.Module]) -> ImageView:
     """Detects objects in an image and tells what each query attended to.
 
     Args:
         model: DETR of mmdet, in evaluation mode.
-        sample: Image with its data sample, as mmdet's test pipelines return it.
+        picture: The image; see :func:`mmdeform.analysis.detectors.load_picture`.
         layers: Attention layers of the encoder and the decoder; see :func:`attention_layers`.
 
     Raises:
@@ -166,7 +164,7 @@ def view_image(
     ]
     try:
         with record_attention(layers) as attentions:
-            (result,) = model.test_step(pseudo_collate([sample]))
+            (result,) = model.test_step(picture.batch)
     finally:
         for hook in hooks:
             hook.remove()
