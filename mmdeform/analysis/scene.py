@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .detections import Detection, Place, detections_of
 from .detectors import Picture
+from .queries import box_corners, predictions_of
 from .recording import KINDS, LayerCall, Recording, record
 
 __all__ = ["Scene", "look", "undisturbed"]
@@ -133,7 +134,7 @@ def _query_boxes(model: nn.Module, boxes: list[Tensor]) -> Iterator[None]:
         return
 
     def see(head: nn.Module, args: Any, output: Sequence[Any]) -> None:
-        boxes.append(output[1][-1].detach())
+        boxes.append(predictions_of(head, output)[1].detach())
 
     handle = head.register_forward_hook(see)
     try:
@@ -145,7 +146,6 @@ def _query_boxes(model: nn.Module, boxes: list[Tensor]) -> Iterator[None]:
 def _in_image(boxes: Tensor, result: DetDataSample) -> np.ndarray:
     """Boxes of queries as detections have them: clipped, in pixels of the image."""
     height, width = result.img_shape[:2]
-    center, size = boxes.cpu().double().numpy().reshape(-1, 2, 2).transpose(1, 0, 2)
-    corners = np.stack([center - size / 2, center + size / 2], 1) * (width, height)
+    corners = box_corners(boxes.cpu().double(), result).view(-1, 2, 2).numpy()
     corners = corners.clip(0, (width, height)) / result.get("scale_factor", (1.0, 1.0))
     return corners.reshape(-1, 4)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors import Picture
+from ..queries import box_corners, predictions_of
 from .core import Attention, place_of, record_attention
 from .maps import AttentionMap, Samples, cell_size, dense_map, samples_of, splat
 
@@ -168,18 +169,13 @@ def view_image(model: nn.Module, picture: Picture, layers: Mapping[str, nn.Modul
     finally:
         for hook in hooks:
             hook.remove()
-    logits, boxes = (output[-1][0].detach() for output in seen["outputs"][:2])
-    sigmoid = model.bbox_head.loss_cls.use_sigmoid
-    # Softmax has a last class for no object.
-    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)[:, :-1]
-    height, width = result.img_shape[:2]
-    centre, extent = (boxes * boxes.new_tensor([width, height, width, height])).split(2, -1)
+    scores, boxes = predictions_of(model.bbox_head, seen["outputs"])
     return ImageView(
         size=tuple(seen["input"].shape[:1:-1]),
         map_sizes=tuple(tuple(map.shape[:1:-1]) for map in seen["maps"]),
         attentions=attentions,
-        scores=scores,
-        boxes=torch.cat([centre - extent / 2, centre + extent / 2], -1),
+        scores=scores[0].detach(),
+        boxes=box_corners(boxes[0].detach(), result),
     )
 
 

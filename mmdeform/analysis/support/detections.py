@@ -9,6 +9,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from ..queries import box_corners, predictions_of
 from .nodes import Node, Reached, centre_of, ended_by, outputs_of
 
 __all__ = [
@@ -148,7 +149,7 @@ def query_of(
     """
     with torch.no_grad():
         scores, boxes = _predict(detector_run(model, sample), model.bbox_head, images)
-    distance = (_corners(boxes[0], sample) - boxes.new_tensor(list(box))).abs().amax(-1)
+    distance = (box_corners(boxes[0], sample) - boxes.new_tensor(list(box))).abs().amax(-1)
     near = distance <= distance.min() + 1e-2  # of a pixel: detections went through the scale
     return int(torch.where(near, scores[0, :, label], -1).argmax())
 
@@ -162,15 +163,7 @@ def _box_of(
         _, boxes = _predict(detector_run(model, sample), model.bbox_head, images)
     if not 0 <= query < boxes.shape[1]:
         raise ValueError(f"query must be from 0 to {boxes.shape[1] - 1}, got {query}")
-    return tuple(_corners(boxes[0, query], sample).tolist())
-
-
-def _corners(boxes: Tensor, sample: DetDataSample) -> Tensor:
-    """Normalised (x, y, w, h) as (x1, y1, x2, y2) in pixels, shape (..., 4)."""
-    height, width = sample.img_shape[:2]
-    half = boxes[..., 2:] / 2
-    corners = torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
-    return corners * corners.new_tensor([width, height, width, height])
+    return tuple(box_corners(boxes[0, query], sample).tolist())
 
 
 def _predict(run: Callable, head: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,10 +176,7 @@ def _predict(run: Callable, head: nn.Module, images: Tensor) -> tuple[Tensor, Te
 
     with ended_by(head.register_forward_hook(see)):
         run(images)
-    logits, boxes = found[0][-1], found[1][-1]
-    if head.loss_cls.use_sigmoid:
-        return logits.sigmoid(), boxes
-    return logits.softmax(-1)[..., :-1], boxes  # the last is 'no object'
+    return predictions_of(head, found)
 
 
 def _hidden_states(run: Callable, head: nn.Module, images: Tensor) -> Tensor:
