@@ -21,9 +21,7 @@ def to_markdown(summary: Summary, title: str) -> str:
         ["---:" if column.numeric else "---" for column in table],
         *([escape(cell.text) for cell in row] for row in rows),
     ]
-    base = (
-        "There is no base row." if summary.base is None else f"Base row: {escape(summary.base)}."
-    )
+    base = "There is no base row." if summary.base is None else f"Base row: {escape(summary.base)}."
     parts = [
         f"# {escape(title)}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),

@@ -74,7 +74,8 @@ function draw({ name, rows }) {
     hovermode: "x unified",
     showlegend: true,
   };
-  const config = { responsive: true, displaylogo: false };
+  // The button that is removed uploads the plot.
+  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud"] };
   Plotly.react("plot", rows.flatMap(traces), layout, config);
 }
 

@@ -43,7 +43,7 @@ def to_html(summary: Summary, title: str) -> str:
 def _table(summary: Summary, table: list[Column]) -> str:
     head = "".join(
         f'<th scope="col" class="{_kind(column)}" data-key="{html.escape(column.title)}">'
-        f'<button type="button">{html.escape(column.title)}</button></th>'
+        f'<button type="button">{html.escape(column.title).replace("Δ ", "Δ&nbsp;")}</button></th>'
         for column in table
     )
     body = []
@@ -74,8 +74,13 @@ def _unfinished(summary: Summary) -> str:
     items = []
     for run in summary.unfinished:
         error = f"<pre>{html.escape(run.error)}</pre>" if run.error else ""
-        items.append(f"<li><b>{html.escape(run.row)}</b>, seed {run.seed}: {run.status}{error}</li>")
-    return f'<section id="unfinished"><h2>Runs that are not finished</h2>\n<ul>{"".join(items)}</ul></section>'
+        items.append(
+            f"<li><b>{html.escape(run.row)}</b>, seed {run.seed}: {run.status}{error}</li>"
+        )
+    return (
+        '<section id="unfinished"><h2>Runs that are not finished</h2>\n'
+        f"<ul>{''.join(items)}</ul></section>"
+    )
 
 
 def _curves(summary: Summary) -> list[dict[str, Any]]:

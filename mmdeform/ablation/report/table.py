@@ -14,7 +14,7 @@ LEGEND = (
     "Δ is the difference to the base row: the mean of the differences between runs of equal seed, "
     "± their standard deviation.",
     "(n=...) stands where fewer values than finished seeds count; NaN and infinite ones never do.",
-    "Costs are for one image: multiply-adds (MACs), median latency, peak memory beyond the weights.",
+    "Costs of one image: multiply-adds (MACs), median latency, peak memory beyond the weights.",
 )
 
 
@@ -39,7 +39,9 @@ def columns(summary: Summary) -> list[Column]:
     """The table's columns, left to right."""
     rows = summary.rows
     found = [_names("row", [row.row for row in rows])]
-    found += [_names(axis, [row.labels.get(axis, NOTHING) for row in rows]) for axis in summary.axes]
+    found += [
+        _names(axis, [row.labels.get(axis, NOTHING) for row in rows]) for axis in summary.axes
+    ]
     found.append(
         Column(
             "finished seeds",
