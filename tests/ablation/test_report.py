@@ -78,6 +78,7 @@ def test_only_finished_runs_count() -> None:
 
 def test_markdown_table(folder: Path) -> None:
     rows = markdown_table(folder / "report.md")
+    assert f"| --- | --- | --- |{' ---: |' * 9}\n" in (folder / "report.md").read_text()
     assert list(rows) == ["base", r"wide \<b\>\&\|", "single", "diverged", "broken"]
     assert rows["base"][AP] == "0.2000 ± 0.1000"
     assert rows["base"][f"Δ {AP}"] == "base"
@@ -152,6 +153,7 @@ def test_summary_csv(folder: Path) -> None:
     assert wide[f"difference/{AP}/n"] == "2"
     assert (wide["runs"], wide["finished"], wide["is_base"]) == ("3", "3", "False")
     assert wide["axis/kernel"] == "mdconv"
+    assert (lines["broken"]["runs"], lines["broken"]["finished"]) == ("2", "0")
     assert lines["base"][f"difference/{AP}/mean"] == ""
     assert lines["diverged"][f"metric/{AP}/not_finite"] == "1"
     assert float(lines["base"]["latency_ms/std"]) == 1.0
@@ -175,8 +177,20 @@ def test_curves_are_means_over_the_seeds_that_got_there() -> None:
     assert points[-1].over_seeds.std == pytest.approx(0.1)
     resumed = RowResult("a", {}, True, 0, "running", curves={"x": [(1, 5.0), (2, 6.0), (1, 7.0)]})
     other = RowResult("a", {}, True, 1, "failed", curves={"x": [(1, 9.0)]})
-    points = mean_curve([resumed, other], "x")
+    points = mean_curve([other, resumed], "x")
     assert [(p.epoch, p.over_seeds.mean, p.over_seeds.n) for p in points] == [(1, 8, 2), (2, 6, 1)]
+
+
+def test_curves_come_in_the_order_of_the_metrics_and_of_epochs() -> None:
+    late = RowResult("a", {}, True, 0, "finished", {AP: 1.0}, {"loss": [(1, 1.0)], AP: [(2, 1.0)]})
+    early = RowResult("a", {}, True, 1, "running", curves={AP: [(1, 3.0), (2, 3.0)]})
+    assert curve_names(summarize([late, early])) == [AP, "loss"]
+    assert [point.epoch for point in mean_curve([late, early], AP)] == [1, 2]
+
+
+def test_seeds_are_sorted() -> None:
+    row = summarize(runs()[::-1]).rows[-1]
+    assert (row.row, [run.seed for run in row.runs]) == ("base", [0, 1, 2])
 
 
 def test_metrics_are_chosen_and_ordered(tmp_path: Path) -> None:
