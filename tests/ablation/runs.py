@@ -13,7 +13,7 @@ def runs() -> list[RowResult]:
     mdconv = {"kernel": "mdconv", "stages": "c5"}
     rows = [
         ("base", {"kernel": "conv", "stages": "-"}, {0: 0.1, 1: 0.2, 2: 0.3}, 9),
-        ("wide <b>&|", mdconv, {0: 0.3, 1: 0.3, 3: 0.6}, 10),
+        ("wide </script>&|", mdconv, {0: 0.3, 1: 0.3, 3: 0.6}, 10),
         ("single", {"kernel": "dcnv3"}, {0: 0.5}, 11),
         ("diverged", {"kernel": "dcnv4"}, {0: math.nan, 1: 0.15}, 12),
     ]

@@ -54,7 +54,7 @@ def test_values_that_are_not_finite_are_counted_apart() -> None:
 
 
 def test_differences_are_paired_by_seed() -> None:
-    row = {row.row: row for row in summarize(runs()).rows}["wide <b>&|"]
+    row = {row.row: row for row in summarize(runs()).rows}["wide </script>&|"]
     difference = row.differences[AP]
     # Seeds 0 and 1 are also the base row's; seed 3 is not.
     assert difference.mean == pytest.approx((0.2 + 0.1) / 2)
@@ -64,7 +64,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_no_difference_without_a_common_seed() -> None:
     shifted = [dataclasses.replace(run, seed=run.seed + 10 * run.is_base) for run in runs()]
-    row = {row.row: row for row in summarize(shifted).rows}["wide <b>&|"]
+    row = {row.row: row for row in summarize(shifted).rows}["wide </script>&|"]
     assert dataclasses.astuple(row.differences[AP]) == (None, None, 0, 0)
 
 
@@ -79,10 +79,10 @@ def test_only_finished_runs_count() -> None:
 def test_markdown_table(folder: Path) -> None:
     rows = markdown_table(folder / "report.md")
     assert f"| --- | --- | --- |{' ---: |' * 9}\n" in (folder / "report.md").read_text()
-    assert list(rows) == ["base", r"wide \<b\>\&\|", "single", "diverged", "broken"]
+    assert list(rows) == ["base", r"wide \</script\>\&\|", "single", "diverged", "broken"]
     assert rows["base"][AP] == "0.2000 ± 0.1000"
     assert rows["base"][f"Δ {AP}"] == "base"
-    wide = rows[r"wide \<b\>\&\|"]
+    wide = rows[r"wide \</script\>\&\|"]
     assert wide[AP] == "0.4000 ± 0.1732"
     assert wide[f"Δ {AP}"] == "+0.1500 ± 0.0707 (n=2)"
     assert rows["single"][AP] == "0.5000"
@@ -145,7 +145,7 @@ def test_runs_csv_gives_the_runs_back(folder: Path) -> None:
 
 def test_summary_csv(folder: Path) -> None:
     lines = {line["row"]: line for line in read(folder / "summary.csv")}
-    wide = lines["wide <b>&|"]
+    wide = lines["wide </script>&|"]
     assert float(wide[f"metric/{AP}/mean"]) == pytest.approx(0.4)
     assert float(wide[f"metric/{AP}/std"]) == pytest.approx(statistics.stdev([0.3, 0.3, 0.6]))
     assert wide[f"metric/{AP}/n"] == "3"

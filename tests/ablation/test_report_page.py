@@ -15,7 +15,7 @@ from .browser import dump, evaluate, table
 from .runs import AP, ERROR, runs
 
 TITLE = "Kernels {{table}} <script>alert(1)</script> & stages"
-WIDE = "wide <b>&|"
+WIDE = "wide </script>&|"
 # Clicks, then draws each curve; what it returns is what a user then has before them.
 SCRIPT = """
 const heads = [...document.querySelectorAll("#rows thead th")];
@@ -40,6 +40,7 @@ const drawn = (index) => {
 const wait = () => new Promise((resolve) => setTimeout(resolve, 300));
 const found = {
   clicks: [order(), order("parameters (M)"), order("parameters (M)"), order("row"), order("row")],
+  sorted: heads.filter((head) => head.ariaSort).map((head) => head.dataset.key),
   focus: (button("row").focus(), document.activeElement === button("row")),
   curves: [...select.options].map((_, index) => drawn(index)),
   legend: [...plot.querySelectorAll(".legendtext")].map((text) => text.textContent),
@@ -50,8 +51,9 @@ const found = {
   refused: [...refused],
 };
 new Image().src = "http://localhost:9/picture";
+location.hash = "#sort=kernel";
 await wait();
-return { ...found, tried: refused.slice(found.refused.length) };
+return { ...found, tried: refused.slice(found.refused.length), address: order()[0] };
 """
 
 
@@ -105,11 +107,18 @@ def test_address_sorts(best_first: str) -> None:
     assert re.findall(r'data-key="([^"]*)" aria-sort="(\w+)"', best_first) == [(AP, "descending")]
 
 
+def test_rows_are_marked(best_first: str) -> None:
+    assert '<tr class="base" data-row="base">' in best_first
+    broken = best_first.split('<tr class="unfinished" data-row="broken">')[1].split("</tr>")[0]
+    # What has no value sorts last: metric, difference, MACs, latency, memory.
+    assert broken.count('class="number" data-value="">-</td>') == 5
+
+
 def test_names_are_text(best_first: str) -> None:
     escaped = "Kernels {{table}} &lt;script&gt;alert(1)&lt;/script&gt; &amp; stages"
     assert f"<h1>{escaped}</h1>" in best_first
     assert f"<title>{escaped}</title>" in best_first
-    assert "<b>&" not in best_first.split('<script type="application/json"')[0]
+    assert "</script>&" not in best_first.split('<script type="application/json"')[0]
 
 
 def test_what_is_not_finished_is_listed(best_first: str) -> None:
@@ -129,6 +138,13 @@ def test_clicks_sort_numbers_as_numbers(used: dict[str, Any]) -> None:
         [sorted(rows, reverse=True), "#sort=-row"],
     ]
 
+    assert used["sorted"] == ["row"]
+
+
+def test_a_new_address_sorts(used: dict[str, Any]) -> None:
+    # conv, dcnv3, dcnv4, dconv, mdconv
+    assert used["address"] == ["base", "single", "diverged", "broken", WIDE]
+
 
 def test_titles_take_the_keyboard(used: dict[str, Any]) -> None:
     assert used["focus"]
@@ -138,7 +154,7 @@ def test_curves_are_drawn_with_bands(used: dict[str, Any]) -> None:
     first, loss = used["curves"]
     assert first["name"] == first["axis"] == AP
     assert loss["name"] == "loss"
-    names = ["base", "wide &lt;b&gt;&amp;|", "single", "diverged"]
+    names = ["base", "wide &lt;/script&gt;&amp;|", "single", "diverged"]
     assert [trace["name"] for trace in first["traces"][2::3]] == names
     low, high, mean = first["traces"][:3]
     assert mean["x"] == [1, 2, 3]
@@ -148,7 +164,7 @@ def test_curves_are_drawn_with_bands(used: dict[str, Any]) -> None:
     assert [n for n, _ in mean["customdata"]] == [3, 3, 3]
     # The one value of a row that has no other, and NaN, which is nothing.
     assert first["traces"][6]["y"] == first["traces"][8]["y"] == [0.125, 0.25, 0.5]
-    assert loss["traces"][-1]["y"] == [None]
+    assert [trace["y"] for trace in loss["traces"][-3:]] == [[None]] * 3
     assert len({trace["color"] for trace in loss["traces"][2::3]}) == 5
     # The last curve drawn: what is seen.
     assert used["legend"] == ["base", WIDE, "single", "diverged", "broken"]
