@@ -11,7 +11,7 @@ __all__ = ["CurvePoint", "curve_names", "mean_curve"]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Attributes: epoch (int). over_seeds (Statistic): Of the runs that reached this epoch."""
+    """An epoch, and the statistic over the runs that reached it."""
 
     epoch: int
     over_seeds: Statistic

@@ -20,7 +20,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Cell:
-    """Attributes: text (str): What is read. value (float or str, optional): What sorts it."""
+    """What is read, and the value that it sorts by: None for nothing, which comes last."""
 
     text: str
     value: float | str | None
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """Attributes: title (str). numeric (bool). cells (tuple[Cell, ...]): One per row."""
+    """A title, whether it sorts by numbers, and a cell for each row."""
 
     title: str
     numeric: bool
