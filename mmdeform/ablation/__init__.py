@@ -1,0 +1,1 @@
+"""Ablations: from a table of config overrides to trained rows."""
