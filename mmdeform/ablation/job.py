@@ -2,8 +2,8 @@
 
     python job.py FOLDER THREADS CWD COMMAND...
 
-Trains with ``COMMAND CONFIG --work-dir DIR --resume``. Whoever trains holds a lock on the folder, and so
-does the training itself: the kernel releases it when both are gone, however they ended. Only the
+Trains with ``COMMAND CONFIG --work-dir DIR --resume``. Whoever trains holds a lock on the folder, and
+so does the training itself: the kernel releases it when both are gone, however they ended. Only the
 standard library is imported, so that a job starts at once.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ERROR_LINES = 20
+NO_METRICS = ("step", "time", "data_time")
 LOCK_PATIENCE = 1.0  # seconds: longer than anyone looks at a lock
 
 
@@ -78,11 +79,10 @@ class RunFolder:
 
     def validations(self) -> dict[int, dict[str, float]]:
         """Metrics by the epoch after which they were measured, from 1."""
-        # Only the records of training have an "epoch" or a rate.
         return {
-            record["step"]: record
+            record["step"]: {k: v for k, v in record.items() if k not in NO_METRICS}
             for record in self.scalars()
-            if "lr" not in record and "step" in record
+            if "lr" not in record  # which training logs
         }
 
     def final_metrics(self) -> dict[str, float] | None:
@@ -95,7 +95,7 @@ class RunFolder:
 def forget_unvalidated(folder: RunFolder) -> None:
     """Makes the training resume before an epoch whose validation was interrupted.
 
-    The checkpoint of an epoch is written before its validation, which a resumed training would skip.
+    The checkpoint of an epoch is written before its validation, which resumed training would skip.
     """
     pointer = folder.work_dir / "last_checkpoint"
     if not pointer.is_file():
@@ -128,6 +128,17 @@ def train(folder: RunFolder, command: list[str], threads: int, cwd: str) -> int:
             return 0
         folder.set_status("running")
         forget_unvalidated(folder)
+        process = None
+
+        def stop(*_: Any) -> None:
+            if process is not None:
+                process.kill()
+                process.wait()
+            folder.set_status("interrupted")
+            os._exit(1)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, stop)
         start = folder.log.stat().st_size if folder.log.exists() else 0
         with open(folder.log, "a") as log:
             process = subprocess.Popen(
@@ -138,15 +149,6 @@ def train(folder: RunFolder, command: list[str], threads: int, cwd: str) -> int:
                 env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)),
                 pass_fds=[lock],
             )
-
-        def stop(*_: Any) -> None:
-            process.kill()
-            process.wait()
-            folder.set_status("interrupted")
-            os._exit(1)
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, stop)
         code = process.wait()
         if code < 0 and -code in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             folder.set_status("interrupted")  # by somebody, or for want of memory

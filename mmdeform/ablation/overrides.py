@@ -32,11 +32,12 @@ def apply_overrides(cfg: Config, overrides: Mapping[str, Any]) -> Config:
         ValueError: A key names a part that is not there or that training does not read, or nothing
             changes.
     """
+    content = cfg.to_dict()
     for key, value in overrides.items():
         if not isinstance(key, str):
             raise ValueError(f"expected a dotted name, got {key!r}")
-        _check_root(cfg, key.split(".")[0])
-        _check(cfg, key.split("."), value, "")
+        _check_root(content, key.split(".")[0])
+        _check(content, key.split("."), value, "")
     changed = copy.deepcopy(cfg)
     changed.merge_from_dict(copy.deepcopy(dict(overrides)))
     if canonical(changed) == canonical(cfg):
@@ -54,7 +55,7 @@ def config_hash(cfg: Config) -> str:
     return hashlib.sha256(canonical(cfg).encode()).hexdigest()[:16]
 
 
-def _check_root(cfg: Config, name: str) -> None:
+def _check_root(cfg: Mapping[str, Any], name: str) -> None:
     if name in READ_KEYS:
         return
     if name in cfg:
@@ -76,7 +77,9 @@ def _check(node: Any, parts: list[str], value: Any, path: str) -> None:
     elif isinstance(node, Mapping):
         there, child = name in node, node.get(name)
     else:
-        raise ValueError(f"{path} is {node!r} in the base config: there can be no {here}")
+        raise ValueError(
+            f"{path} is {node!r} in the base config: {here} needs {DELETE}: true beside it"
+        )
     if rest:
         if not there:
             raise ValueError(f"{here} is not in the base config{suggestion(name, node)}")

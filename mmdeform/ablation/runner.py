@@ -1,11 +1,15 @@
 """Trains the runs of an ablation as jobs of submitit, on this machine or on Slurm."""
 
+import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import job as job_script
 from .job import RunFolder
@@ -31,9 +35,10 @@ def train_runs(
         poll (float): Seconds between looks.
 
     Raises:
-        ValueError: There is no Slurm here.
+        ValueError: There is no Slurm here, or too few GPUs.
     """
-    slots: list[_Job | None] = [None] * store.resources.parallel
+    gpus = _gpus(store, slurm)
+    slots: list[_Job | None] = [None] * len(gpus)
     attempts: dict[Path, int] = {}
     try:
         while True:
@@ -50,7 +55,7 @@ def train_runs(
                     continue
                 attempts[run.path] = attempts.get(run.path, 0) + 1
                 free = slots.index(None)
-                slots[free] = _Job(store, run, train_command, slurm, free)
+                slots[free] = _Job(store, run, train_command, slurm, gpus[free])
             yield store.results()
             if not open_runs and not any(slots):
                 return
@@ -66,50 +71,72 @@ class _Job:
     """A run that was submitted."""
 
     def __init__(
-        self, store: Store, run: RunFolder, command: Sequence[str], slurm: bool, slot: int
+        self,
+        store: Store,
+        run: RunFolder,
+        command: Sequence[str],
+        slurm: bool,
+        gpu: int | None,
     ) -> None:
         self.run = run
-        executor = _executor(store, slurm, slot)
+        executor = _executor(store, slurm, gpu)
         arguments = [sys.executable, str(Path(job_script.__file__).absolute()), str(run.path)]
         arguments += [str(store.resources.cpu_threads), os.getcwd(), *command]
-        # The job's process becomes the script: signals reach it, and what it leaves in the folder of
-        # the run is all that counts.
+        # The process of the job becomes the script: signals reach it. What it leaves in the folder
+        # of the run is all that counts.
         self.job: Any = executor.submit(os.execv, sys.executable, arguments)
 
     def done(self) -> bool:
         return self.job.done()
 
     def stop(self) -> None:
-        if self.done():
-            return
-        self.job.cancel()
-        for _ in range(100):
-            if self.job.done():
-                return
+        """Stops a job of this machine."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(self.job.job_id), signal.SIGTERM)  # submitit hands it on
+        while not self.done():
             time.sleep(0.05)
 
 
-def _executor(store: Store, slurm: bool, slot: int) -> Any:
+def _executor(store: Store, slurm: bool, gpu: int | None) -> Any:
     import submitit  # only those who train need it
 
     resources = store.resources
-    kind = "slurm" if slurm else "local"
     try:
-        executor = submitit.AutoExecutor(store.path.absolute() / "jobs", cluster=kind)
+        executor = submitit.AutoExecutor(
+            store.path.absolute() / "_jobs", cluster="slurm" if slurm else "local"
+        )
     except RuntimeError as error:
         raise ValueError(f"no Slurm on this machine: {error}") from error
-    executor.update_parameters(
-        name=store.name, timeout_min=resources.timeout_min, gpus_per_node=resources.gpus
-    )
+    executor.update_parameters(timeout_min=resources.timeout_min)
     if slurm:
-        executor.update_parameters(cpus_per_task=resources.cpu_threads, **resources.slurm)
-    elif resources.gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = [int(number) for number in visible.split(",")] if visible else list(range(slot + 1))
-        if slot >= len(gpus):
-            raise ValueError(f"{resources.parallel} runs at a time, but the GPUs are {gpus}")
-        executor.update_parameters(visible_gpus=[gpus[slot]])
+        executor.update_parameters(
+            name=store.name, cpus_per_task=resources.cpu_threads, **resources.slurm
+        )
+        if resources.gpus:
+            executor.update_parameters(gpus_per_node=resources.gpus)
+    elif gpu is not None:
+        executor.update_parameters(gpus_per_node=1, visible_gpus=[gpu])
     return executor
+
+
+def _gpus(store: Store, slurm: bool) -> list[int] | list[None]:
+    """A GPU for each run at a time; None on the CPU, and where Slurm gives one.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    count = store.resources.parallel
+    if slurm or not store.resources.gpus:
+        return [None] * count
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        gpus = [int(i) for i in visible.split(",")] if visible else []
+    except ValueError:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES: expected numbers, got {visible!r}") from None
+    gpus = gpus or list(range(torch.cuda.device_count()))
+    if len(gpus) < count:
+        raise ValueError(f"resources: parallel: {count} runs with a GPU each, but {len(gpus)} GPUs")
+    return gpus[:count]
 
 
 def _is_open(run: RunFolder) -> bool:

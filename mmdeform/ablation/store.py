@@ -51,7 +51,7 @@ class Store:
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        with open(path / "lock", "a") as file:
+        with open(path / "_lock", "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             runs = [(row, seed, run_folder(path, row.name, seed)) for row in rows
                     for seed in spec.seeds]  # fmt: skip
@@ -101,7 +101,7 @@ class Store:
                     is_base=row["is_base"],
                     seed=seed,
                     status=status["status"],
-                    metrics={k: v for k, v in final.items() if k in curves},
+                    metrics=final,
                     curves=curves,
                     error=status["error"] if status["status"] == "failed" else None,
                     **asdict(cost_from(row)),
@@ -141,8 +141,7 @@ def read_curves(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, dict[int, float]] = {}
     for epoch, record in run.validations().items():
         for name, value in record.items():
-            if "/" in name and isinstance(value, (int, float)):
-                curves.setdefault(name, {})[epoch] = value
+            curves.setdefault(name, {})[epoch] = value
     losses: dict[str, dict[int, dict[int, float]]] = {}
     for record in run.scalars():
         if "lr" in record and "epoch" in record:
@@ -164,7 +163,7 @@ def _describe(row: PlannedRow, known: dict[str, Cost]) -> dict[str, Any]:
 
 def _prepare(run: RunFolder, row: PlannedRow, seed: int, metrics: tuple[str, ...]) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
-    if not run.config.exists():
+    if not (run.path / "run.json").exists():  # which is written last
         cfg = copy.deepcopy(row.config)
         cfg.randomness["seed"] = seed
         write_text(run.config, cfg.pretty_text + "\n")
