@@ -6,9 +6,10 @@
     python tools/ablate.py status work_dirs/ablations/kernels
     python tools/ablate.py retry work_dirs/ablations/kernels
 
-`plan` checks a spec and prints its rows, with parameters and MACs. `run` trains them with mmdet's train.py;
-what was interrupted goes on at its last checkpoint, what is finished is never trained again, and what
-failed is left for `retry`. Runs may be stopped in any way, and several of them may share a folder.
+`plan` checks a spec and prints its rows, with parameters and MACs. `run` trains them with mmdet's
+train.py; what was interrupted goes on at its last checkpoint, what is finished is never trained
+again, and what failed is left for `retry`. Runs may be stopped in any way, and several of them may
+share a folder.
 How specs are written: docs/_ablate.md.
 """
 

@@ -2,9 +2,9 @@
 
     python job.py FOLDER THREADS CWD COMMAND...
 
-Trains with ``COMMAND CONFIG --work-dir DIR --resume``. Whoever trains holds a lock on the folder, and
-so does the training itself: the kernel releases it when both are gone, however they ended. Only the
-standard library is imported, so that a job starts at once.
+Trains with ``COMMAND CONFIG --work-dir DIR --resume``. Whoever trains holds a lock on the folder,
+and so does the training itself: the kernel releases it when both are gone, however they ended. Only
+the standard library is imported, so that a job starts at once.
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ERROR_LINES = 20
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # the last one by submitit
 NO_METRICS = ("step", "time", "data_time")
 LOCK_PATIENCE = 1.0  # seconds: longer than anyone looks at a lock
 
@@ -128,20 +129,9 @@ def train(folder: RunFolder, command: list[str], threads: int, cwd: str) -> int:
             return 0
         folder.set_status("running")
         forget_unvalidated(folder)
-        process = None
-
-        def stop(*_: Any) -> None:
-            if process is not None:
-                process.kill()
-                process.wait()
-            folder.set_status("interrupted")
-            os._exit(1)
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, stop)
         start = folder.log.stat().st_size if folder.log.exists() else 0
         with open(folder.log, "a") as log:
-            process = subprocess.Popen(
+            code = _call(
                 [*command, str(folder.config), "--work-dir", str(folder.work_dir), "--resume"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -149,7 +139,6 @@ def train(folder: RunFolder, command: list[str], threads: int, cwd: str) -> int:
                 env=dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads)),
                 pass_fds=[lock],
             )
-        code = process.wait()
         if code < 0 and -code in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             folder.set_status("interrupted")  # by somebody, or for want of memory
             return 1
@@ -166,6 +155,33 @@ def train(folder: RunFolder, command: list[str], threads: int, cwd: str) -> int:
             folder.set_status("finished")
             return 0
         return 1
+
+
+def _call(command: list[str], **options: Any) -> int:
+    """The exit code of a command, which is killed where this process is asked to end."""
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_: Any) -> None:
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+        raise Stopped
+
+    process = None
+    try:
+        for number in STOPPING:
+            signal.signal(number, stop)
+        process = subprocess.Popen(command, **options)
+        return process.wait()
+    except Stopped:
+        if process is not None:
+            process.kill()
+            process.wait()
+        return -signal.SIGTERM
+    finally:
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def write_text(path: Path, text: str) -> None:

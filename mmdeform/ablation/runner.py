@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from .job import RunFolder
 from .results import RowResult
 from .store import Store, run_status
 
-ATTEMPTS = 3  # of one runner to get a run to its end
+ATTEMPTS = 3  # of one runner to get from one checkpoint to the next
+STOP_PATIENCE = 10.0  # seconds
 
 
 def train_runs(
@@ -39,7 +41,7 @@ def train_runs(
     """
     gpus = _gpus(store, slurm)
     slots: list[_Job | None] = [None] * len(gpus)
-    attempts: dict[Path, int] = {}
+    attempts: Counter[tuple[Path, str]] = Counter()
     try:
         while True:
             slots = [slot if slot and not slot.done() else None for slot in slots]
@@ -50,10 +52,11 @@ def train_runs(
                     break
                 if run.path in mine or run.is_locked():
                     continue
-                if attempts.get(run.path, 0) == ATTEMPTS:
+                attempt = (run.path, _last_checkpoint(run))
+                if attempts[attempt] == ATTEMPTS:
                     _give_up(run)
                     continue
-                attempts[run.path] = attempts.get(run.path, 0) + 1
+                attempts[attempt] += 1
                 free = slots.index(None)
                 slots[free] = _Job(store, run, train_command, slurm, gpus[free])
             yield store.results()
@@ -93,29 +96,36 @@ class _Job:
         """Stops a job of this machine."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(self.job.job_id), signal.SIGTERM)  # submitit hands it on
-        while not self.done():
+        end = time.monotonic() + STOP_PATIENCE
+        while not self.done() and time.monotonic() < end:
             time.sleep(0.05)
 
 
 def _executor(store: Store, slurm: bool, gpu: int | None) -> Any:
     import submitit  # only those who train need it
 
-    resources = store.resources
+    resources, folder = store.resources, store.path.absolute() / "_jobs"
+    if not slurm:
+        # AutoExecutor hides which GPUs a job gets.
+        executor = submitit.LocalExecutor(folder)
+        gpus = [] if gpu is None else [gpu]
+        executor.update_parameters(
+            timeout_min=resources.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
+        )
+        return executor
     try:
-        executor = submitit.AutoExecutor(
-            store.path.absolute() / "_jobs", cluster="slurm" if slurm else "local"
+        executor = submitit.AutoExecutor(folder, cluster="slurm")
+        executor.update_parameters(
+            name=store.name,
+            timeout_min=resources.timeout_min,
+            cpus_per_task=resources.cpu_threads,
+            **(dict(gpus_per_node=1) if resources.gpus else {}),
+            **resources.slurm,
         )
     except RuntimeError as error:
         raise ValueError(f"no Slurm on this machine: {error}") from error
-    executor.update_parameters(timeout_min=resources.timeout_min)
-    if slurm:
-        executor.update_parameters(
-            name=store.name, cpus_per_task=resources.cpu_threads, **resources.slurm
-        )
-        if resources.gpus:
-            executor.update_parameters(gpus_per_node=resources.gpus)
-    elif gpu is not None:
-        executor.update_parameters(gpus_per_node=1, visible_gpus=[gpu])
+    except NameError as error:
+        raise ValueError(f"resources: slurm: {error}") from error
     return executor
 
 
@@ -143,7 +153,15 @@ def _is_open(run: RunFolder) -> bool:
     return run_status(run) not in ("finished", "failed")
 
 
+def _last_checkpoint(run: RunFolder) -> str:
+    pointer = run.work_dir / "last_checkpoint"
+    return pointer.read_text() if pointer.is_file() else ""
+
+
 def _give_up(run: RunFolder) -> None:
     with run.lock() as lock:
         if lock is not None and _is_open(run):
-            run.set_status("failed", f"interrupted {ATTEMPTS} times; its output is in {run.log}")
+            run.set_status(
+                "failed",
+                f"interrupted {ATTEMPTS} times before the next checkpoint; its output is in {run.log}",
+            )

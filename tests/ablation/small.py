@@ -25,6 +25,7 @@ SPEC: dict[str, Any] = dict(
 
 
 def write_base(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     (folder / "base.py").write_text(BASE)
 
 
