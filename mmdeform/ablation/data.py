@@ -40,12 +40,10 @@ def use_coco_data(cfg: Config, data: Mapping[str, Any]) -> Config:
                 f"data: {loader}_dataloader.dataset: expected a config with a CocoDataset, got "
                 f"{dataset.get('type')!r}"
             )
-        dataset.update(
-            data_root=data["root"],
-            ann_file=data[split]["annotations"],
-            data_prefix=dict(img=data[split]["images"]),
-            metainfo=dict(classes=tuple(classes)),
-        )
+        dataset["data_root"] = data["root"]
+        dataset["ann_file"] = data[split]["annotations"]
+        dataset["data_prefix"] = dict(img=data[split]["images"])
+        dataset["metainfo"] = dict(classes=tuple(classes))
     for evaluator in ("val_evaluator", "test_evaluator"):
         if cfg[evaluator].get("type") != "CocoMetric":
             raise ValueError(f"data: {evaluator}: expected a CocoMetric")

@@ -23,7 +23,7 @@ from ..analysis.complexity import (
 )
 from .data import use_coco_data
 from .overrides import apply_overrides, canonical, config_hash
-from .spec import ABSENT, Spec, row_name
+from .spec import ABSENT, BY_BASE, Spec, row_name
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def plan_rows(
         ValueError: An override is misspelt or changes nothing, two rows are equal, or a config
             cannot be trained by epochs.
     """
+    base = next(iter(spec.bases)) if base is None else base
     cfg = _base_config(spec, base)
     data = data or spec.data
     if data is not None:
@@ -94,7 +95,8 @@ def plan_rows(
     for labels in spec.combinations:
         row_cfg, name = cfg, row_name(labels)
         for axis, label in labels.items():
-            changes = spec.axes[axis].values[label] if label != ABSENT else None
+            changes = {} if label == ABSENT else dict(spec.axes[axis].values[label])
+            changes |= (changes.pop(BY_BASE, None) or {}).get(base) or {}
             if changes:
                 row_cfg = _apply(row_cfg, changes, f"row {name}: {axis}: {label}")
         row = PlannedRow(name, labels, labels == spec.base_row, row_cfg, config_hash(row_cfg))
@@ -170,9 +172,7 @@ def _scope(cfg: Config) -> Any:
             init_default_scope(before.scope_name)
 
 
-def _base_config(spec: Spec, base: str | None) -> Config:
-    if base is None:
-        base = next(iter(spec.bases))
+def _base_config(spec: Spec, base: str) -> Config:
     if base not in spec.bases:
         raise ValueError(f"base: expected one of {', '.join(map(repr, spec.bases))}, got {base!r}")
     path = spec.bases[base]

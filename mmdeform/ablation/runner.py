@@ -163,5 +163,5 @@ def _give_up(run: RunFolder) -> None:
         if lock is not None and _is_open(run):
             run.set_status(
                 "failed",
-                f"interrupted {ATTEMPTS} times before the next checkpoint; its output is in {run.log}",
+                f"interrupted {ATTEMPTS} times before the next checkpoint; see {run.log}",
             )

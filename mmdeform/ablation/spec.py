@@ -14,6 +14,7 @@ KEYS = (
     "resources",
 )  # fmt: skip
 RESOURCES = ("parallel", "cpu_threads", "gpus", "timeout_min", "slurm")
+BY_BASE = "by_base"
 ABSENT = "-"  # the label of a row on an axis that does not apply to it
 _NAME = "letters, digits, '.', '+' and '-'"
 
@@ -23,8 +24,9 @@ class Axis:
     """Alternatives for one decision.
 
     Attributes:
-        values (dict[str, dict]): Overrides of each alternative, by its name, as mmdet's
-            ``--cfg-options``: dotted keys, or dicts, which are merged.
+        values (dict[str, dict]): Overrides of each alternative, by its name, as of
+            ``--cfg-options``: dotted keys, or dicts, which are merged. ``by_base`` maps names of
+            bases to overrides that go with one of them.
         when (dict[str, tuple[str, ...]]): For which values of earlier axes this one applies; with
             several axes, all have to agree.
     """
@@ -119,12 +121,17 @@ def make_spec(content: Any, folder: Path) -> Spec:
         raise ValueError(f"name: expected {_NAME}, got {content['name']!r}")
     axes = _axes(_mapping(content["axes"], "axes"))
     combinations = _combinations(content, axes)
+    bases = _bases(content["base"], folder)
+    for name, axis in axes.items():
+        for label, overrides in axis.values.items():
+            parts = _mapping(overrides.get(BY_BASE, {}), f"axes: {name}: {label}: {BY_BASE}")
+            _known(parts, bases, f"base in {BY_BASE!r} of {label!r}")
     base_row = _complete(content.get("base_row") or {}, axes, "base_row")
     if base_row not in combinations:
         raise ValueError(f"base_row: {base_row} is none of the rows")
     return Spec(
         name=content["name"],
-        bases=_bases(content["base"], folder),
+        bases=bases,
         axes=axes,
         base_row=base_row,
         combinations=combinations,
@@ -151,7 +158,7 @@ def _known(names: Any, known: Any, kind: str) -> None:
     for name in names:
         if name not in known:
             known_ones = f"known: {', '.join(known)}"
-            raise ValueError(f"unknown {kind} {name!r}{suggestion(name, known)} ({known_ones})")
+            raise ValueError(f"unknown {kind}: {name!r}{suggestion(name, known)} ({known_ones})")
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def _axes(content: dict[str, Any]) -> dict[str, Axis]:
             if not _is_name(label) or label == ABSENT:
                 raise ValueError(f"{where}: expected a name of {_NAME}, in quotes, got {label!r}")
             value[label] = _mapping({} if overrides is None else overrides, f"{where}: {label}")
-        _known(when, axes, f"earlier axis in 'when' of {name!r}:")
+        _known(when, axes, f"earlier axis in 'when' of {name!r}")
         for other, labels in when.items():
             labels = (labels,) if isinstance(labels, str) else tuple(labels)
             _known(labels, axes[other].values, f"value of {other!r}")
@@ -240,9 +247,9 @@ def _grid(axes: dict[str, Axis], labels: dict[str, str]) -> Iterator[dict[str, s
 
 def _check_labels(part: Any, axes: dict[str, Axis], where: str) -> None:
     part = _mapping(part, where)
-    _known(part, axes, f"axis in {where!r}:")
+    _known(part, axes, f"axis in {where!r}")
     for name, value in part.items():
-        _known([value], [*axes[name].values, ABSENT], f"value of {name!r} in {where!r}:")
+        _known([value], [*axes[name].values, ABSENT], f"value of {name!r} in {where!r}")
 
 
 def _complete(part: Any, axes: dict[str, Axis], where: str) -> dict[str, str]:
@@ -259,7 +266,7 @@ def _complete(part: Any, axes: dict[str, Axis], where: str) -> dict[str, str]:
 
 
 def _resources(content: dict[str, Any]) -> Resources:
-    _known(content, RESOURCES, "key of 'resources':")
+    _known(content, RESOURCES, "key of 'resources'")
     resources = Resources(**content)
     for name in ("parallel", "cpu_threads", "timeout_min"):
         number = getattr(resources, name)

@@ -120,6 +120,19 @@ def test_base_is_chosen_by_name(tmp_path: Path) -> None:
         plan_rows(spec, "z")
 
 
+def test_overrides_that_go_with_a_base(tmp_path: Path) -> None:
+    two = {"model.parts": [], "by_base": dict(x={"model.depth": 2}, y={"model.depth": 3})}
+    other = dict(by_base=dict(y={"model.depth": 4}, x=None))
+    spec = small_spec(tmp_path, base=dict(x="base.py", y="base.py"),
+                      axes=dict(d=dict(one=other, two=two)))  # fmt: skip
+    for base, depths in (("x", [1, 2]), ("y", [4, 3])):
+        rows = plan_rows(spec, base)
+        assert [row.config.model.depth for row in rows] == depths
+        assert rows[1].config.model.parts == []
+    with pytest.raises(ValueError, match="unknown base in 'by_base' of 'a': 'z'"):
+        small_spec(tmp_path, axes=dict(d=dict(a=dict(by_base=dict(z={})))))
+
+
 @pytest.fixture(scope="module")
 def detector() -> Config:
     return Config.fromfile(DETECTOR)

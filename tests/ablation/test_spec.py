@@ -64,7 +64,7 @@ def test_yaml_and_python_are_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(seed=[1]), r"unknown key 'seed', did you mean 'seeds'\? \(known: name, base"),
+        (dict(seed=[1]), r"unknown key: 'seed', did you mean 'seeds'\? \(known: name, base"),
         (dict(metrics=None), "'metrics' is missing"),
         (dict(name="a b"), "name: expected letters"),
         (dict(name=".."), "name: expected letters"),
@@ -81,7 +81,7 @@ def test_yaml_and_python_are_alike(tmp_path: Path) -> None:
         (dict(axes=dict(s=dict(a=3))), "axes: s: a: expected keys with values, got 3"),
         (
             dict(axes=dict(s=dict(values=dict(a=None), whne={}))),
-            "unknown key of axis 's': 'whne', did you mean 'when'?",
+            "unknown key of axis 's': 'whne', did you mean 'when'",
         ),
         (
             dict(axes=dict(s=dict(values=dict(a=None), when=dict(t="a")), t=dict(a=None))),
@@ -89,7 +89,7 @@ def test_yaml_and_python_are_alike(tmp_path: Path) -> None:
         ),
         (
             dict(axes=AXES | dict(x=dict(values=dict(a={}), when=dict(stages="c6")))),
-            "unknown value of 'stages': 'c6', did you mean 'c5'?",
+            "unknown value of 'stages': 'c6' .known: none, c5, c4-c5",
         ),
         (dict(exclude=[dict(stages="c6")]), "unknown value of 'stages' in 'exclude': 'c6'"),
         (dict(exclude=[dict(stage="c5")]), "unknown axis in 'exclude': 'stage'"),
