@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from mmengine import Config
-from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
@@ -177,7 +176,10 @@ def _base_config(spec: Spec, base: str) -> Config:
         raise ValueError(f"base: expected one of {', '.join(map(repr, spec.bases))}, got {base!r}")
     path = spec.bases[base]
     try:
-        cfg = get_config(path) if "::" in path else Config.fromfile(path)
+        if "::" in path:
+            cfg = Config.fromstring(f"_base_ = {path!r}", ".py")
+        else:
+            cfg = Config.fromfile(path)
     except Exception as error:  # whatever the code in a config raises
         raise ValueError(f"base: {path} cannot be read: {error}") from error
     cfg.setdefault("randomness", dict())
