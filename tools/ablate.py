@@ -139,7 +139,8 @@ def failures(results: list[RowResult]) -> list[str]:
 
 def train(store: Store, slurm: bool, console: Console) -> int:
     """Trains with a live table; returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in the background
+        signal.signal(number, signal.default_int_handler)
     runs = train_runs(store, TRAIN, slurm)
     results: list[RowResult] = []
     try:

@@ -37,7 +37,7 @@ def train_runs(
         poll (float): Seconds between looks.
 
     Raises:
-        ValueError: There is no Slurm here, or too few GPUs.
+        ValueError: There is no submitit or no Slurm here, or too few GPUs.
     """
     gpus = _gpus(store, slurm)
     slots: list[_Job | None] = [None] * len(gpus)
@@ -102,8 +102,10 @@ class _Job:
 
 
 def _executor(store: Store, slurm: bool, gpu: int | None) -> Any:
-    import submitit  # only those who train need it
-
+    try:
+        import submitit  # only those who train need it
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'mmdeform[tools]'") from error
     resources, folder = store.resources, store.path.absolute() / "_jobs"
     if not slurm:
         # AutoExecutor hides which GPUs a job gets.

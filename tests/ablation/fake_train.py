@@ -15,16 +15,16 @@ args = parser.parse_args()
 cfg = runpy.run_path(args.config)
 model, seed, epochs = cfg["model"], cfg["randomness"]["seed"], cfg["train_cfg"]["max_epochs"]
 pause = float(os.environ.get("FAKE_PAUSE", "0"))
-with open(args.work_dir.parent / "starts.txt", "a") as file:
-    file.write("start\n")
-print(f"threads {os.environ['OMP_NUM_THREADS']}, GPUs {os.environ['CUDA_VISIBLE_DEVICES']!r}")
-if model["fails"] and not Path("repaired").exists():
-    raise SystemExit("the loss is not finite")
-
 pointer, first, state = args.work_dir / "last_checkpoint", 1, float(seed)
 if args.resume and pointer.exists():
     stored = json.loads(Path(pointer.read_text()).read_text())
     first, state = stored["epoch"] + 1, stored["state"]
+with open(args.work_dir.parent / "starts.txt", "a") as file:
+    file.write(f"start {first}\n")
+print(f"threads {os.environ['OMP_NUM_THREADS']}, GPUs {os.environ['CUDA_VISIBLE_DEVICES']!r}")
+if model["fails"] and not Path("repaired").exists():
+    raise SystemExit("the loss is not finite")
+
 logs = args.work_dir / f"{time.time_ns()}" / "vis_data"
 logs.mkdir(parents=True)
 with open(logs / "scalars.json", "w", buffering=1) as scalars:

@@ -69,7 +69,9 @@ def starts(store: Store) -> list[int]:
     ]
 
 
-def test_killed_three_times_the_table_is_the_same(tmp_path: Path) -> None:
+def test_killed_three_times_the_table_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     undisturbed = small_store(tmp_path / "undisturbed", resources=dict(parallel=2))
     expected = train(undisturbed)
     assert {result.status for result in expected} == {"finished"}
@@ -77,6 +79,7 @@ def test_killed_three_times_the_table_is_the_same(tmp_path: Path) -> None:
     values = [result.metrics["coco/bbox_mAP"] for result in expected]
     assert len(set(values)) == 4
 
+    monkeypatch.setenv("FAKE_PAUSE", "0.1")
     store = small_store(tmp_path / "killed", resources=dict(parallel=2))
     seen = set()
     for moment in sorted(random.Random(0).sample(range(2, 30), 3)):  # of 36 lines
@@ -121,6 +124,7 @@ def test_training_whose_job_was_killed_is_not_started_beside(
     assert start_job(run).wait() == 0
     assert run.status()["status"] == "finished"
     assert len(run.validations()) == 3
+    assert (run.path / "starts.txt").read_text() == "start 1\nstart 4\n"
 
 
 def test_failures_are_kept_until_they_are_retried(tmp_path: Path) -> None:
@@ -176,6 +180,12 @@ def test_gpus_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(ValueError, match="2 runs with a GPU each, but 1 GPUs"):
         next(train_runs(store, FAKE))
+
+
+def test_training_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match=r"submitit.*pip install 'mmdeform\[tools\]'"):
+        train(small_store(tmp_path))
 
 
 def test_slurm_gets_the_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,10 +58,11 @@ def test_run_status_and_retry(
 ) -> None:
     monkeypatch.setattr(tool, "TRAIN", FAKE)
     handlers = []
-    monkeypatch.setattr(tool.signal, "signal", lambda *args: handlers.append(args))
+    monkeypatch.setattr(tool.signal, "signal", lambda number, _: handlers.append(number))
     options = ["--no-cost", "--parallel", "2", "--seeds", "0"]
     assert tool.main(["run", spec, *options, "--cfg-options", "model.fails=True"]) == 1
     output = capsys.readouterr().out
+    assert handlers == [signal.SIGINT, signal.SIGTERM]
     assert "2 failed" in output and "one, seed 0: exit code 1" in output
     assert "retry work_dirs/ablations/small" in output
     with pytest.raises(SystemExit):
