@@ -159,6 +159,14 @@ def test_other_data(detector: Config) -> None:
     assert detector.model.roi_head.bbox_head.num_classes == 5
 
 
+def test_data_of_the_spec_and_in_its_place(tmp_path: Path) -> None:
+    axes = dict(lr=dict(high=None, low={"optim_wrapper.optimizer.lr": 1e-4}))
+    spec = small_spec(tmp_path, base=str(DETECTOR), axes=axes, data=DATA)
+    for data, root in ((None, "data/pets"), (dict(DATA, root="data/cars"), "data/cars")):
+        for row in plan_rows(spec, data=data):
+            assert row.config.train_dataloader.dataset.data_root == root
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
