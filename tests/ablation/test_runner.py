@@ -225,23 +225,29 @@ def test_slurm_gets_the_resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("pointer", "validated", "interval", "expected"),
+    ("pointer", "validated", "interval", "begin", "expected"),
     [
-        ("epoch_2.pth", [1, 2], 1, "epoch_2.pth"),
-        ("epoch_2.pth", [1], 1, "epoch_1.pth"),  # its validation was interrupted
-        ("epoch_1.pth", [], 1, None),  # there is no earlier one
-        ("epoch_2.pth", [], 3, "epoch_2.pth"),  # it has none
-        ("epoch_4.pth", [3], 3, "epoch_2.pth"),  # after the last one there always is one
-        ("", [1, 2], 1, "epoch_2.pth"),  # cut off while it was written
+        ("epoch_2.pth", [1, 2], 1, 1, "epoch_2.pth"),
+        ("epoch_2.pth", [1], 1, 1, "epoch_1.pth"),  # its validation was interrupted
+        ("epoch_1.pth", [], 1, 1, None),  # there is no earlier one
+        ("epoch_2.pth", [], 3, 1, "epoch_2.pth"),  # it has none
+        ("epoch_2.pth", [], 1, 3, "epoch_2.pth"),
+        ("epoch_4.pth", [3], 3, 1, "epoch_2.pth"),  # after the last one there always is one
+        ("", [1, 2], 1, 1, "epoch_2.pth"),  # cut off while it was written
     ],
 )
 def test_resumes_before_a_validation_that_is_missing(
-    tmp_path: Path, pointer: str, validated: list[int], interval: int, expected: str | None
+    tmp_path: Path,
+    pointer: str,
+    validated: list[int],
+    interval: int,
+    begin: int,
+    expected: str | None,
 ) -> None:
     run = RunFolder(tmp_path)
     logs = run.work_dir / "1" / "vis_data"
     logs.mkdir(parents=True)
-    facts = dict(max_epochs=4, val_interval=interval, val_begin=1, metrics=["m"])
+    facts = dict(max_epochs=4, val_interval=interval, val_begin=begin, metrics=["m"])
     write_json(run.path / "run.json", facts)
     for name in ("epoch_1.pth", "epoch_2.pth"):
         (run.work_dir / name).touch()
