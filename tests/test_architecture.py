@@ -34,9 +34,10 @@ RANKS = {
     "mmdeform.engine": 4,  # hooks draw what analysis finds
     "mmdeform.doctor": 4,
     "mmdeform.coverage": 4,
-    "mmdeform": 5,  # the package's own __init__.py
-    "configs": 6,
-    "tools": 6,
+    "mmdeform.ablation": 5,
+    "mmdeform": 6,  # the package's own __init__.py
+    "configs": 7,
+    "tools": 7,
 }
 SOURCES = sorted(
     path.relative_to(ROOT)
