@@ -214,7 +214,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         command.add_argument("--slurm", action="store_true", help="as jobs of Slurm")
     status.add_argument("--out", type=Path, help="JSON file for metrics, curves and costs")
     report.add_argument("--out", type=Path, help="folder to write to; default: WORK_DIR/report")
-    report.add_argument("--metrics", nargs="+", help="columns; default: all that runs have")
+    report.add_argument("--metrics", nargs="+", help="columns; default: those of the spec")
     args = parser.parse_args(argv)
     for name in ("parallel", "cpu_threads"):
         if (number := getattr(args, name, None)) is not None and number < 1:
@@ -251,7 +251,8 @@ def main(argv: list[str] | None = None) -> int:
         results = store.results()
         if args.command == "report":
             out = args.out or args.work_dir / "report"
-            for path in write_report(results, out, title=store.name, metrics=args.metrics):
+            metrics = args.metrics or store.metrics or None
+            for path in write_report(results, out, title=store.name, metrics=metrics):
                 console.print(f"written: {path}", soft_wrap=True, highlight=False)
             return 0
         show(store, results, console)

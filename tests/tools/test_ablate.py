@@ -197,6 +197,9 @@ def test_trains_detectors(
         runs = {run["row"]: float(run["metric/coco/bbox_mAP_50"]) for run in csv.DictReader(file)}
     expected = [result.metrics["coco/bbox_mAP_50"] for result in (plain, mdconv)]
     assert list(runs) == ["plain", "mdconv"] and list(runs.values()) == pytest.approx(expected)
+    assert tool.main(["report", str(store.path), "--out", "elsewhere"]) == 0
+    page = Path("elsewhere/report.md").read_text()
+    assert "| coco/bbox_mAP |" in page and "coco/bbox_mAP_50" not in page  # those of the spec
     with pytest.raises(SystemExit):
         tool.main([*arguments, "coco/nothing"])
     assert "coco/nothing" in capsys.readouterr().err
