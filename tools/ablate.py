@@ -44,6 +44,7 @@ from mmdeform.ablation import (
     with_costs,
 )
 from mmdeform.ablation.report import write_report
+from mmdeform.ablation.spec import suggestion
 
 TRAIN = (sys.executable, str(Path(__file__).absolute().with_name("train.py")))
 
@@ -62,13 +63,21 @@ def plan(args: argparse.Namespace) -> tuple[Spec, list[PlannedRow]]:
         seeds=tuple(args.seeds or spec.seeds),
         resources=dataclasses.replace(spec.resources, **given),
     )
-    data = None
     if args.data is not None:
         try:
-            data = yaml.safe_load(args.data.read_text())
+            spec = spec.with_data(yaml.safe_load(args.data.read_text()))
         except (OSError, yaml.YAMLError) as error:
             raise ValueError(f"--data: {error}") from error
-    rows = plan_rows(spec, args.base, data, args.cfg_options)
+    rows = plan_rows(spec, args.base, args.cfg_options)
+    if args.rows:
+        names = [row.name for row in rows]
+        for name in args.rows:
+            if name not in names:
+                raise ValueError(
+                    f"--rows: unknown row {name!r}{suggestion(name, names)} "
+                    f"(known: {', '.join(names)})"
+                )
+        rows = [row for row in rows if row.name in args.rows]
     if args.work_dir is None:
         args.work_dir = Path("work_dirs", "ablations", spec.name)
         suffix = args.base or (next(iter(spec.bases)) if len(spec.bases) > 1 else "")
@@ -190,6 +199,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     planned.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="for all rows"
     )
+    planned.add_argument("--rows", nargs="+", metavar="ROW", help="default: all of the spec")
     planned.add_argument("--seeds", type=int, nargs="+", help="default: those of the spec")
     planned.add_argument("--parallel", type=int, help="runs at a time")
     planned.add_argument("--cpu-threads", type=int, help="of each run")

@@ -1,6 +1,7 @@
 """Plans: the config of each row, checked, and what its model costs."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -22,7 +23,7 @@ from ..analysis.complexity import (
 )
 from .data import use_coco_data
 from .overrides import apply_overrides, canonical, config_hash
-from .spec import ABSENT, BY_BASE, Spec, row_name
+from .spec import ABSENT, BY_BASE, CONFIG, Spec, row_name
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class PlannedRow:
 def plan_rows(
     spec: Spec,
     base: str | None = None,
-    data: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[PlannedRow]:
     """The rows of a spec with their configs.
@@ -74,7 +74,6 @@ def plan_rows(
     Args:
         spec (Spec): The ablation.
         base (str, optional): Which of its bases; default: the first.
-        data (Mapping, optional): A data set in place of the one of the spec or its base.
         overrides (Mapping, optional): Of all rows, after those of the spec.
 
     Raises:
@@ -82,22 +81,37 @@ def plan_rows(
             cannot be trained by epochs.
     """
     base = next(iter(spec.bases)) if base is None else base
-    cfg = _base_config(spec, base)
-    data = data or spec.data
-    if data is not None:
-        cfg = use_coco_data(cfg, data)
-    for where, common in (("overrides", spec.overrides), ("options", overrides)):
-        if common:
-            cfg = _apply(cfg, common, where)
-    _check_trainable(cfg)
+    if base not in spec.bases:
+        raise ValueError(f"base: expected one of {', '.join(map(repr, spec.bases))}, got {base!r}")
+
+    @functools.cache
+    def start(path: str) -> Config:
+        """A config with what all rows have."""
+        cfg = _read_config(path)
+        if spec.data is not None:
+            cfg = use_coco_data(cfg, spec.data)
+        for where, common in (("overrides", spec.overrides), ("options", overrides)):
+            if common:
+                cfg = _apply(cfg, common, where if path == spec.bases[base] else f"{path}: {where}")
+        _check_trainable(cfg)
+        return cfg
+
+    start(spec.bases[base])  # what is wrong with it is nothing of a row
     rows: dict[str, PlannedRow] = {}
     for labels in spec.combinations:
-        row_cfg, name = cfg, row_name(labels)
-        for axis, label in labels.items():
-            changes = {} if label == ABSENT else dict(spec.axes[axis].values[label])
-            changes |= (changes.pop(BY_BASE, None) or {}).get(base) or {}
-            if changes:
-                row_cfg = _apply(row_cfg, changes, f"row {name}: {axis}: {label}")
+        name = row_name(labels)
+        changes = {
+            f"row {name}: {axis}: {label}": _changes(spec.axes[axis].values[label], base)
+            for axis, label in labels.items()
+            if label != ABSENT
+        }
+        configs = [change.pop(CONFIG) for change in changes.values() if CONFIG in change]
+        if len(configs) > 1:
+            raise ValueError(f"row {name}: expected one {CONFIG!r}, got {', '.join(configs)}")
+        row_cfg = start(*configs or [spec.bases[base]])
+        for where, change in changes.items():
+            if change:
+                row_cfg = _apply(row_cfg, change, where)
         row = PlannedRow(name, labels, labels == spec.base_row, row_cfg, config_hash(row_cfg))
         for other in rows.values():
             if canonical(other.config) == canonical(row_cfg):
@@ -171,10 +185,13 @@ def _scope(cfg: Config) -> Any:
             init_default_scope(before.scope_name)
 
 
-def _base_config(spec: Spec, base: str) -> Config:
-    if base not in spec.bases:
-        raise ValueError(f"base: expected one of {', '.join(map(repr, spec.bases))}, got {base!r}")
-    path = spec.bases[base]
+def _changes(overrides: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Overrides of a value on a base."""
+    changes = dict(overrides)
+    return changes | (changes.pop(BY_BASE, None) or {}).get(base, {})
+
+
+def _read_config(path: str) -> Config:
     try:
         if "::" in path:
             cfg = Config.fromstring(f"_base_ = {path!r}", ".py")

@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from mmengine import Config
+
+from .data import check_data, without_masks
 
 KEYS = (
     "name", "base", "overrides", "axes", "exclude", "rows", "base_row", "seeds", "metrics", "data",
@@ -15,6 +17,7 @@ KEYS = (
 )  # fmt: skip
 RESOURCES = ("parallel", "cpu_threads", "gpus", "timeout_min", "slurm")
 BY_BASE = "by_base"
+CONFIG = "config"
 ABSENT = "-"  # the label of a row on an axis that does not apply to it
 _NAME = "letters, digits, '.', '+' and '-'"
 
@@ -26,7 +29,8 @@ class Axis:
     Attributes:
         values (dict[str, dict]): Overrides of each alternative, by its name, as of
             ``--cfg-options``: dotted keys, or dicts, which are merged. ``by_base`` maps names of
-            bases to overrides that go with one of them.
+            bases to overrides that go with one of them. ``config`` is a config that takes the place
+            of the base; the overrides of all axes are then made in it.
         when (dict[str, tuple[str, ...]]): For which values of earlier axes this one applies; with
             several axes, all have to agree.
     """
@@ -88,6 +92,18 @@ class Spec:
     data: dict[str, Any] | None = None
     resources: Resources = field(default_factory=Resources)
 
+    def with_data(self, data: Mapping[str, Any]) -> "Spec":
+        """On another data set, and without the metrics of masks if that has none.
+
+        Raises:
+            ValueError: Something of it is missing or unknown.
+        """
+        check_data(data)
+        metrics = without_masks(self.metrics, data)
+        if not metrics:
+            raise ValueError(f"metrics: expected one without masks, got {', '.join(self.metrics)}")
+        return replace(self, data=dict(data), metrics=metrics)
+
 
 def load_spec(path: str | Path) -> Spec:
     """Reads a spec from a YAML file, or from a Python file with the same keys as variables.
@@ -124,12 +140,20 @@ def make_spec(content: Any, folder: Path) -> Spec:
     bases = _bases(content["base"], folder)
     for name, axis in axes.items():
         for label, overrides in axis.values.items():
-            parts = _mapping(overrides.get(BY_BASE, {}), f"axes: {name}: {label}: {BY_BASE}")
+            where = f"axes: {name}: {label}"
+            overrides = _resolve_config(overrides, where, folder)
+            parts = _mapping(overrides.get(BY_BASE, {}), f"{where}: {BY_BASE}")
             _known(parts, bases, f"base in {BY_BASE!r} of {label!r}")
+            if parts:
+                overrides[BY_BASE] = {
+                    base: _resolve_config(part, f"{where}: {BY_BASE}: {base}", folder)
+                    for base, part in parts.items()
+                }
+            axis.values[label] = overrides
     base_row = _complete(content.get("base_row") or {}, axes, "base_row")
     if base_row not in combinations:
         raise ValueError(f"base_row: {base_row} is none of the rows")
-    return Spec(
+    spec = Spec(
         name=content["name"],
         bases=bases,
         axes=axes,
@@ -138,9 +162,9 @@ def make_spec(content: Any, folder: Path) -> Spec:
         metrics=_list(content["metrics"], str, "metrics"),
         seeds=_list(content.get("seeds", [0]), int, "seeds"),
         overrides=_mapping(content.get("overrides") or {}, "overrides"),
-        data=content.get("data"),
         resources=_resources(_mapping(content.get("resources") or {}, "resources")),
     )
+    return spec.with_data(content["data"]) if content.get("data") else spec
 
 
 def row_name(labels: Mapping[str, str]) -> str:
@@ -186,7 +210,21 @@ def _bases(value: Any, folder: Path) -> dict[str, str]:
     bases = {"": value} if isinstance(value, str) else _mapping(value, "base")
     if not bases or any(not isinstance(path, str) for path in bases.values()):
         raise ValueError(f"base: expected a config, or configs by data set, got {value!r}")
-    return {name: p if "::" in p else str(folder / p) for name, p in bases.items()}
+    return {name: _config_path(path, folder) for name, path in bases.items()}
+
+
+def _config_path(path: str, folder: Path) -> str:
+    return path if "::" in path else str(folder / path)
+
+
+def _resolve_config(overrides: Any, where: str, folder: Path) -> dict[str, Any]:
+    """Overrides with the path of the config among them, if there is one."""
+    overrides = _mapping({} if overrides is None else overrides, where)
+    if CONFIG in overrides:
+        if not isinstance(overrides[CONFIG], str):
+            raise ValueError(f"{where}: {CONFIG}: expected a file, got {overrides[CONFIG]!r}")
+        overrides[CONFIG] = _config_path(overrides[CONFIG], folder)
+    return overrides
 
 
 def _axes(content: dict[str, Any]) -> dict[str, Axis]:

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("mmdet")
 from mmengine import Config
+from mmengine.registry import MODELS, init_default_scope
 
 from mmdeform.ablation import apply_overrides, config_hash, measure, plan_rows, use_coco_data
 
-from .small import base_config, small_spec
+from .small import BASE, base_config, small_spec
 
 DETECTOR = Path(__file__).parents[2] / "configs/dcnv2/faster-rcnn_r18_shapes.py"
 
@@ -133,6 +135,49 @@ def test_overrides_that_go_with_a_base(tmp_path: Path) -> None:
         small_spec(tmp_path, axes=dict(d=dict(a=dict(by_base=dict(z={})))))
 
 
+def test_a_row_may_have_a_config_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(BASE.replace("'Fake'", "'Other'"))
+    deep = {"config": "base.py", "model.depth": 2}
+    two = {"model.depth": 3, "by_base": dict(x={"config": "other.py"}, y=deep)}
+    axes = dict(d=dict(one={}, two=two), lr=dict(low={}, high={"optim_wrapper.optimizer.lr": 1.0}))
+    spec = small_spec(tmp_path, base=dict(x="base.py", y="other.py"), axes=axes,
+                      overrides={"train_cfg.max_epochs": 5})  # fmt: skip
+    for base, expected in (
+        ("x", [("Fake", 1, 0.1), ("Fake", 1, 1.0), ("Other", 3, 0.1), ("Other", 3, 1.0)]),
+        ("y", [("Other", 1, 0.1), ("Other", 1, 1.0), ("Fake", 2, 0.1), ("Fake", 2, 1.0)]),
+    ):
+        configs = [row.config for row in plan_rows(spec, base, overrides={"model.fails": True})]
+        found = [(c.model.type, c.model.depth, c.optim_wrapper.optimizer.lr) for c in configs]
+        assert found == expected
+        assert all(cfg.train_cfg.max_epochs == 5 and cfg.model.fails for cfg in configs)
+        assert all("config" not in cfg for cfg in configs)
+
+
+def test_a_row_with_a_config_of_its_own_has_the_other_data(tmp_path: Path) -> None:
+    axes = dict(depth=dict(r50={}, r18=dict(config=str(DETECTOR))))
+    spec = small_spec(tmp_path, base=str(DETECTOR.with_name("faster-rcnn_r50_shapes.py")), axes=axes)
+    for row in plan_rows(spec.with_data(DATA)):
+        assert row.config.train_dataloader.dataset.data_root == "data/pets"
+        assert row.config.model.roi_head.bbox_head.num_classes == 2
+
+
+def test_configs_of_rows_are_checked(tmp_path: Path) -> None:
+    both = dict(config="base.py")
+    with pytest.raises(ValueError, match=r"axes: d: a: config: expected a file, got \['x'\]"):
+        small_spec(tmp_path, axes=dict(d=dict(a=dict(config=["x"]))))
+    with pytest.raises(ValueError, match="axes: d: a: by_base: : config: expected a file, got 1"):
+        small_spec(tmp_path, axes=dict(d=dict(a=dict(by_base={"": dict(config=1)}))))
+    spec = small_spec(tmp_path, axes=dict(d=dict(a=both), e=dict(a=both)))
+    with pytest.raises(ValueError, match="row a_a: expected one 'config', got .*base.py, .*base.py"):
+        plan_rows(spec)
+    spec = small_spec(tmp_path, axes=dict(d=dict(a={}, b=dict(config="other.py"))))
+    with pytest.raises(ValueError, match="other.py cannot be read"):
+        plan_rows(spec)
+    (tmp_path / "other.py").write_text(BASE.replace("depth=1", "depth=2"))
+    with pytest.raises(ValueError, match="other.py: options: model.depth: changes nothing"):
+        plan_rows(spec, overrides={"model.depth": 2})
+
+
 @pytest.fixture(scope="module")
 def detector() -> Config:
     return Config.fromfile(DETECTOR)
@@ -162,8 +207,9 @@ def test_other_data(detector: Config) -> None:
 def test_data_of_the_spec_and_in_its_place(tmp_path: Path) -> None:
     axes = dict(lr=dict(high=None, low={"optim_wrapper.optimizer.lr": 1e-4}))
     spec = small_spec(tmp_path, base=str(DETECTOR), axes=axes, data=DATA)
-    for data, root in ((None, "data/pets"), (dict(DATA, root="data/cars"), "data/cars")):
-        for row in plan_rows(spec, data=data):
+    cars = spec.with_data(dict(DATA, root="data/cars"))
+    for chosen, root in ((spec, "data/pets"), (cars, "data/cars")):
+        for row in plan_rows(chosen):
             assert row.config.train_dataloader.dataset.data_root == root
 
 
@@ -173,6 +219,7 @@ def test_data_of_the_spec_and_in_its_place(tmp_path: Path) -> None:
         (dict(clases=[]), "data: expected the keys root, classes, train, val"),
         (dict(classes=[]), "data: classes: expected a list of names"),
         (dict(val=dict(images="")), "data: val: expected the keys annotations, images"),
+        (dict(masks=0), "data: masks: expected true or false, got 0"),
     ],
 )
 def test_other_data_refuses(detector: Config, change: dict[str, Any], message: str) -> None:
@@ -186,6 +233,48 @@ def test_other_data_needs_a_coco_config(detector: Config) -> None:
         ValueError, match=r"val_dataloader.*expected .* CocoDataset, .*'VOCDataset'"
     ):
         use_coco_data(cfg, DATA)
+
+
+def without_masks(config: str) -> Config:
+    return use_coco_data(Config.fromfile(DETECTOR.parents[1] / config), DATA | dict(masks=False))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ("dcnv2/mask-rcnn_r50_shapes.py", "FasterRCNN"),
+        ("dat/cascade-mask-rcnn_dat-t-v1_fpn_ms-crop-1x_coco.py", "CascadeRCNN"),
+        ("detr/detr-dc5_r50_shapes.py", "DETR"),
+    ],
+)
+def test_data_without_masks(config: str, kind: str) -> None:
+    cfg = without_masks(config)
+    assert cfg.model.type == kind
+    assert not [name for name in cfg.model.get("roi_head", {}) if "mask" in name]
+    assert not cfg.model.data_preprocessor.get("pad_mask")
+    assert cfg.val_evaluator.metric == cfg.test_evaluator.metric == "bbox"
+    parts = (cfg.train_dataloader.dataset, cfg.val_dataloader.dataset, cfg.test_dataloader.dataset)
+    assert "'with_mask': True" not in str([dict(part) for part in parts])
+    init_default_scope("mmdet")
+    with torch.device("meta"):
+        MODELS.build(cfg.model)
+
+
+def test_data_without_masks_leave_the_metrics_of_boxes(tmp_path: Path) -> None:
+    metrics = ["coco/bbox_mAP", "coco/segm_mAP"]
+    boxes = DATA | dict(masks=False)
+    assert small_spec(tmp_path, metrics=metrics, data=DATA).metrics == tuple(metrics)
+    assert small_spec(tmp_path, metrics=metrics, data=boxes).metrics == ("coco/bbox_mAP",)
+    spec = small_spec(tmp_path, metrics=["coco/segm_mAP"])
+    with pytest.raises(ValueError, match="metrics: expected one without masks, got coco/segm_mAP"):
+        spec.with_data(boxes)
+
+
+def test_a_detector_that_needs_masks_refuses_data_without() -> None:
+    cfg = Config.fromfile(DETECTOR.parents[1] / "dcnv2/mask-rcnn_r50_shapes.py")
+    cfg.model.type = "PointRend"
+    with pytest.raises(ValueError, match="data: masks: expected a detector .*, got PointRend"):
+        use_coco_data(cfg, DATA | dict(masks=False))
 
 
 def test_costs(detector: Config) -> None:

@@ -23,7 +23,9 @@ ROWS = {
     "dcnv2_stages": 15,
     "deform_groups": 4,
     "deformable_detr": 6,
+    "detr": 2,
     "kernels": 5,
+    "layers": 9,
     "offset_lr": 4,
     "rfcn_layers": 10,
     "roi_pooling": 3,
@@ -109,6 +111,11 @@ def test_is_planned(path: Path, base: str) -> None:
             "dcnv2/faster-rcnn_r50-mdconv-c3-c5-mdpool_dc5_shapes",
         ),
         ("deform_groups", "shapes", "4", "dcnv2/mask-rcnn_r50-mdconv-group4-c3-c5_shapes"),
+        ("layers", "shapes", "none_mdpool", "dcnv2/faster-rcnn_r50-mdpool_shapes"),
+        ("layers", "coco", "none_dpool", "dcn/faster-rcnn_r50_fpn_dpool_1x_coco"),
+        ("layers", "coco", "c3-c5_mdconv", "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco"),
+        ("detr", "shapes", "dense", "detr/detr-dc5_r50_shapes"),
+        ("detr", "shapes", "deformable", "deformable_detr/deformable-detr-no-refine_r50_shapes"),
         ("dat_offsets", "coco", "off_none_windows", "dat/ablations/offsets-off_bias-none"),
         ("dat_offsets", "coco", "on_relative_pvt", "dat/ablations/offsets-on_bias-relative_pvt"),
         ("dat_stages", "coco", "1-4", "dat/ablations/stages-1-4"),
@@ -122,6 +129,14 @@ def test_has_the_model_of_a_config(
     rows = {row.name: row.config.model for row in plan_rows(load_spec(path), base)}
     expected = Config.fromfile(path.parents[1] / f"{config}.py").model
     assert canonical(Config(dict(model=rows[row]))) == canonical(Config(dict(model=expected)))
+
+
+def test_detrs_are_trained_as_long() -> None:
+    for base, epochs in (("shapes", 12), ("coco", 50)):
+        rows = plan_rows(load_spec(SPECS[0].with_name("detr.yml")), base)
+        assert [row.config.train_cfg.max_epochs for row in rows] == [epochs, epochs]
+        schedules = [row.config.param_scheduler for row in rows]
+        assert schedules[0] == schedules[1] and schedules[0][-1]["end"] == epochs
 
 
 def test_slow_offsets_are_the_same_everywhere() -> None:

@@ -51,6 +51,16 @@ def test_plan_prints_the_rows(
     assert not Path("work_dirs").exists()
 
 
+def test_some_rows(tool: ModuleType, spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["plan", spec, "--no-cost", "--rows", "two"]) == 0
+    output = capsys.readouterr().out
+    assert "two" in output and "one" not in output and "1 rows with 2 seeds: 2 runs" in output
+    with pytest.raises(SystemExit):
+        tool.main(["plan", spec, "--no-cost", "--rows", "two", "tow"])
+    error = capsys.readouterr().err
+    assert "--rows: unknown row 'tow', did you mean 'two'? (known: one, two)" in error
+
+
 def test_run_status_and_retry(
     tool: ModuleType,
     spec: str,

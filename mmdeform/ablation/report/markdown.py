@@ -12,8 +12,8 @@ __all__ = ["to_markdown"]
 SPECIAL = re.compile(r"[\\`*\[\]|<>&~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
-def to_markdown(summary: Summary, title: str) -> str:
-    """The table, what it means, and the runs that are not finished."""
+def to_markdown(summary: Summary, title: str, curves: str | None = None) -> str:
+    """The table, what it means, a picture of the curves, and the runs that are not finished."""
     table = columns(summary)
     rows = zip(*(column.cells for column in table), strict=True)
     lines = [
@@ -27,6 +27,8 @@ def to_markdown(summary: Summary, title: str) -> str:
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         "\n".join(f"- {line}" for line in (base, *LEGEND)),
     ]
+    if curves is not None:
+        parts.append(f"![learning curves]({curves})")
     if summary.unfinished:
         parts.append("## Runs that are not finished")
         parts += [_run(run) for run in summary.unfinished]

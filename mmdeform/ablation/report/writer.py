@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..results import RowResult
+from .figure import draw_curves
 from .markdown import to_markdown
 from .page import to_html
 from .spreadsheets import write_curves, write_runs, write_summary
@@ -19,7 +20,7 @@ def write_report(
     title: str,
     metrics: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Writes ``report.md``, ``report.html``, ``summary.csv``, ``runs.csv`` and ``curves.csv``.
+    """Writes ``report.md``, ``report.html``, ``curves.png`` and three CSV files.
 
     Metrics are averaged over the finished runs. Those that are not finished are counted and listed
     with their error. The page holds all that it shows and needs no network.
@@ -40,10 +41,12 @@ def write_report(
     """
     summary = summarize(results, metrics)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(to_markdown(summary, title), encoding="utf-8")
+    (out / "curves.png").unlink(missing_ok=True)
+    curves = ["curves.png"] if draw_curves(summary, out / "curves.png") else []
+    (out / "report.md").write_text(to_markdown(summary, title, *curves), encoding="utf-8")
     (out / "report.html").write_text(to_html(summary, title), encoding="utf-8")
     write_summary(summary, out / "summary.csv")
     write_runs(summary, out / "runs.csv")
     write_curves(summary, out / "curves.csv")
-    names = ("report.md", "report.html", "summary.csv", "runs.csv", "curves.csv")
+    names = ("report.md", "report.html", "summary.csv", "runs.csv", "curves.csv", *curves)
     return [out / name for name in names]
