@@ -25,21 +25,22 @@ def apply_overrides(cfg: Config, overrides: Mapping[str, Any]) -> Config:
 
     Args:
         cfg (Config): Stays as it is.
-        overrides (Mapping): Dotted keys, as of ``--cfg-options``, or nested ones. Dicts are merged;
-            with ``_delete_`` they replace what was there. Parts of lists are named by index.
+        overrides (Mapping): Dotted keys, as of ``--cfg-options``, or nested ones, made in their
+            order. Dicts are merged; with ``_delete_`` they replace what was there. Parts of lists
+            are named by index.
 
     Raises:
         ValueError: A key names a part that is not there or that training does not read, or nothing
             changes.
     """
-    content = cfg.to_dict()
-    for key, value in overrides.items():
+    changed = copy.deepcopy(cfg)
+    for key, value in overrides.items():  # one by one: some may lie within others
         if not isinstance(key, str):
             raise ValueError(f"expected a dotted name, got {key!r}")
+        content = changed.to_dict()
         _check_root(content, key.split(".")[0])
         _check(content, key.split("."), value, "")
-    changed = copy.deepcopy(cfg)
-    changed.merge_from_dict(copy.deepcopy(dict(overrides)))
+        changed.merge_from_dict({key: copy.deepcopy(value)})
     if canonical(changed) == canonical(cfg):
         raise ValueError(f"{', '.join(overrides) or 'no override'}: changes nothing")
     return changed

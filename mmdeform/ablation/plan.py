@@ -100,16 +100,17 @@ def plan_rows(
     rows: dict[str, PlannedRow] = {}
     for labels in spec.combinations:
         name = row_name(labels)
-        changes = {
-            f"row {name}: {axis}: {label}": _changes(spec.axes[axis].values[label], base)
+        changes = [
+            (f"row {name}: {axis}: {label}", change)
             for axis, label in labels.items()
             if label != ABSENT
-        }
-        configs = [change.pop(CONFIG) for change in changes.values() if CONFIG in change]
+            for change in _changes(spec.axes[axis].values[label], base)
+        ]
+        configs = [change.pop(CONFIG) for _, change in changes if CONFIG in change]
         if len(configs) > 1:
             raise ValueError(f"row {name}: expected one {CONFIG!r}, got {', '.join(configs)}")
         row_cfg = start(*configs or [spec.bases[base]])
-        for where, change in changes.items():
+        for where, change in changes:
             if change:
                 row_cfg = _apply(row_cfg, change, where)
         row = PlannedRow(name, labels, labels == spec.base_row, row_cfg, config_hash(row_cfg))
@@ -185,10 +186,10 @@ def _scope(cfg: Config) -> Any:
             init_default_scope(before.scope_name)
 
 
-def _changes(overrides: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """Overrides of a value on a base."""
+def _changes(overrides: Mapping[str, Any], base: str) -> list[dict[str, Any]]:
+    """Overrides of a value, and then those that go with a base."""
     changes = dict(overrides)
-    return changes | (changes.pop(BY_BASE, None) or {}).get(base, {})
+    return [changes, dict(changes.pop(BY_BASE, {}).get(base) or {})]
 
 
 def _read_config(path: str) -> Config:

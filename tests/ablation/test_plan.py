@@ -46,6 +46,18 @@ def test_overrides_name_parts_of_lists() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"model": dict(new=dict(a=1, b=1)), "model.new.b": 2}, dict(a=1, b=2)),
+        ({"model.new": dict(a=1), "model.new.b": dict(c=2)}, dict(a=1, b=dict(c=2))),
+        ({"model.new": dict(a=1), "model": dict(new=dict(_delete_=True, b=2))}, dict(b=2)),
+    ],
+)
+def test_overrides_within_others(overrides: dict[str, Any], expected: Any) -> None:
+    assert apply_overrides(base_config(), overrides).model.new == expected
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"modle.depth": 5}, r"modle is no part of a config, did you mean 'model'\?"),
@@ -123,7 +135,10 @@ def test_base_is_chosen_by_name(tmp_path: Path) -> None:
 
 
 def test_overrides_that_go_with_a_base(tmp_path: Path) -> None:
-    two = {"model.parts": [], "by_base": dict(x={"model.depth": 2}, y={"model.depth": 3})}
+    two = {
+        "model": dict(parts=[], depth=5),
+        "by_base": dict(x={"model": dict(depth=2)}, y={"model": dict(depth=3)}),
+    }
     other = dict(by_base=dict(y={"model.depth": 4}, x=None))
     spec = small_spec(tmp_path, base=dict(x="base.py", y="base.py"),
                       axes=dict(d=dict(one=other, two=two)))  # fmt: skip
@@ -155,7 +170,9 @@ def test_a_row_may_have_a_config_of_its_own(tmp_path: Path) -> None:
 
 def test_a_row_with_a_config_of_its_own_has_the_other_data(tmp_path: Path) -> None:
     axes = dict(depth=dict(r50={}, r18=dict(config=str(DETECTOR))))
-    spec = small_spec(tmp_path, base=str(DETECTOR.with_name("faster-rcnn_r50_shapes.py")), axes=axes)
+    spec = small_spec(
+        tmp_path, base=str(DETECTOR.with_name("faster-rcnn_r50_shapes.py")), axes=axes
+    )
     for row in plan_rows(spec.with_data(DATA)):
         assert row.config.train_dataloader.dataset.data_root == "data/pets"
         assert row.config.model.roi_head.bbox_head.num_classes == 2
@@ -168,13 +185,15 @@ def test_configs_of_rows_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="axes: d: a: by_base: : config: expected a file, got 1"):
         small_spec(tmp_path, axes=dict(d=dict(a=dict(by_base={"": dict(config=1)}))))
     spec = small_spec(tmp_path, axes=dict(d=dict(a=both), e=dict(a=both)))
-    with pytest.raises(ValueError, match="row a_a: expected one 'config', got .*base.py, .*base.py"):
+    with pytest.raises(
+        ValueError, match=r"row a_a: expected one 'config', got .*base.py, .*base.py"
+    ):
         plan_rows(spec)
     spec = small_spec(tmp_path, axes=dict(d=dict(a={}, b=dict(config="other.py"))))
-    with pytest.raises(ValueError, match="other.py cannot be read"):
+    with pytest.raises(ValueError, match=r"other.py cannot be read"):
         plan_rows(spec)
     (tmp_path / "other.py").write_text(BASE.replace("depth=1", "depth=2"))
-    with pytest.raises(ValueError, match="other.py: options: model.depth: changes nothing"):
+    with pytest.raises(ValueError, match=r"other.py: options: model.depth: changes nothing"):
         plan_rows(spec, overrides={"model.depth": 2})
 
 
@@ -273,7 +292,7 @@ def test_data_without_masks_leave_the_metrics_of_boxes(tmp_path: Path) -> None:
 def test_a_detector_that_needs_masks_refuses_data_without() -> None:
     cfg = Config.fromfile(DETECTOR.parents[1] / "dcnv2/mask-rcnn_r50_shapes.py")
     cfg.model.type = "PointRend"
-    with pytest.raises(ValueError, match="data: masks: expected a detector .*, got PointRend"):
+    with pytest.raises(ValueError, match=r"data: masks: expected a detector .*, got PointRend"):
         use_coco_data(cfg, DATA | dict(masks=False))
 
 

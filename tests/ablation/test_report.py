@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("plotly")
 from mmdeform.ablation.report import write_report
 from mmdeform.ablation.report.curves import curve_names, mean_curve
+from mmdeform.ablation.report.figure import curves_figure
 from mmdeform.ablation.report.markdown import escape
 from mmdeform.ablation.report.statistics import describe, summarize
 from mmdeform.ablation.results import RowResult
@@ -236,3 +237,29 @@ def test_contradictions_are_refused(
     with pytest.raises(ValueError, match=message):
         write_report(results, tmp_path / "out", title="t", metrics=metrics)
     assert not (tmp_path / "out").exists()
+
+
+def test_picture_of_the_curves(folder: Path) -> None:
+    metrics = [AP]
+    axes = curves_figure(summarize(runs(), metrics)).axes
+    assert [axis.get_title() for axis in axes] == metrics
+    lines = {line.get_label(): line for line in axes[0].get_lines()}
+    assert list(lines) == [row.row for row in summarize(runs()).rows]
+    assert lines["base"].get_xydata().tolist() == [
+        [1, pytest.approx(0.05)], [2, pytest.approx(0.1)], [3, pytest.approx(0.2)],
+    ]  # fmt: skip
+    band = axes[0].collections[0].get_paths()[0].get_extents()
+    assert band.intervaly.tolist() == pytest.approx([0.05 - 0.025, 0.2 + 0.1])
+    assert len(lines["diverged"].get_xdata()) == 3  # without the seed that is NaN
+    assert len(lines["broken"].get_xdata()) == 0
+    assert "![learning curves](curves.png)" in (folder / "report.md").read_text()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_without_curves(tmp_path: Path) -> None:
+    plain = [dataclasses.replace(run, curves={}) for run in runs()]
+    (tmp_path / "curves.png").write_text("of an earlier report")
+    paths = write_report(plain, tmp_path, title="No curves")
+    assert "curves.png" not in [path.name for path in paths]
+    assert not (tmp_path / "curves.png").exists()
+    assert "learning curves" not in (tmp_path / "report.md").read_text()

@@ -69,6 +69,7 @@ def test_is_planned(path: Path, base: str) -> None:
         ("kernels", "shapes", "dcnv3", "dcnv3/faster-rcnn_r50-dcnv3-c3-c5_shapes"),
         ("kernels", "coco", "dcnv4", "dcnv4/faster-rcnn_r50-dcnv4-c3-c5_fpn_1x_coco"),
         ("kernels", "coco", "mdconv", "dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco"),
+        ("roi_pooling", "shapes", "mdpool", "dcnv2/faster-rcnn_r50-mdpool_shapes"),
         ("roi_pooling", "coco", "dpool", "dcn/faster-rcnn_r50_fpn_dpool_1x_coco"),
         ("roi_pooling", "coco", "mdpool", "dcnv2/faster-rcnn_r50_fpn_mdpool_1x_coco"),
         (

@@ -1,7 +1,5 @@
 """Learning curves as a picture, for Markdown and papers."""
 
-from pathlib import Path
-
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,22 +8,22 @@ from matplotlib.ticker import MaxNLocator
 from .curves import curve_names, mean_curve
 from .statistics import Summary
 
-__all__ = ["draw_curves"]
+__all__ = ["curves_figure"]
 
 COLORS = colormaps["tab10"].colors
 LINES = ("-", "--", ":", "-.")
 COLUMNS = 3
 
 
-def draw_curves(summary: Summary, path: Path) -> bool:
-    """Writes one plot for each of the metrics shown: mean and standard deviation over the seeds.
+def curves_figure(summary: Summary) -> Figure | None:
+    """One plot for each of the metrics shown, mean and standard deviation over the seeds.
 
     Returns:
-        bool: Whether there was a curve to draw.
+        Figure, optional: None if there is no curve.
     """
     names = [name for name in curve_names(summary) if name in summary.metrics]
     if not names:
-        return False
+        return None
     columns = min(len(names), COLUMNS)
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(4 * columns, 3 * lines + 0.2 * len(summary.rows)), dpi=110)
@@ -37,8 +35,7 @@ def draw_curves(summary: Summary, path: Path) -> bool:
         axis.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path)
-    return True
+    return figure
 
 
 def _draw(axis: Axes, summary: Summary, name: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..results import RowResult
-from .figure import draw_curves
+from .figure import curves_figure
 from .markdown import to_markdown
 from .page import to_html
 from .spreadsheets import write_curves, write_runs, write_summary
@@ -41,12 +41,16 @@ def write_report(
     """
     summary = summarize(results, metrics)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "curves.png").unlink(missing_ok=True)
-    curves = ["curves.png"] if draw_curves(summary, out / "curves.png") else []
-    (out / "report.md").write_text(to_markdown(summary, title, *curves), encoding="utf-8")
+    picture, figure = out / "curves.png", curves_figure(summary)
+    if figure is None:
+        picture.unlink(missing_ok=True)
+    else:
+        figure.savefig(picture)
+    markdown = to_markdown(summary, title, picture.name if figure else None)
+    (out / "report.md").write_text(markdown, encoding="utf-8")
     (out / "report.html").write_text(to_html(summary, title), encoding="utf-8")
     write_summary(summary, out / "summary.csv")
     write_runs(summary, out / "runs.csv")
     write_curves(summary, out / "curves.csv")
-    names = ("report.md", "report.html", "summary.csv", "runs.csv", "curves.csv", *curves)
-    return [out / name for name in names]
+    names = ["report.md", "report.html", "summary.csv", "runs.csv", "curves.csv"]
+    return [out / name for name in names] + ([picture] if figure else [])
