@@ -256,6 +256,13 @@ def test_picture_of_the_curves(folder: Path) -> None:
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_picture_leaves_out_what_is_nan() -> None:
+    points = [(1, math.nan), (2, 0.5)]
+    nans = [dataclasses.replace(run, curves={AP: points}) for run in runs()]
+    axis = curves_figure(summarize(nans, [AP])).axes[0]
+    assert axis.get_lines()[0].get_xydata().tolist() == [[2, 0.5]]
+
+
 def test_no_picture_without_curves(tmp_path: Path) -> None:
     plain = [dataclasses.replace(run, curves={}) for run in runs()]
     (tmp_path / "curves.png").write_text("of an earlier report")
