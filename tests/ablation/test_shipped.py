@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("mmdet")
 from mmengine.config import Config, utils
@@ -59,6 +60,19 @@ def test_is_planned(path: Path, base: str) -> None:
         return
     init_default_scope("mmdet")
     for row in rows:
+        with torch.device("meta"):
+            MODELS.build(row.config.model)
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_is_planned_on_boxes_alone(path: Path) -> None:
+    spec = load_spec(path).with_data(yaml.safe_load((path.parent / "data/bccd.yml").read_text()))
+    assert spec.metrics and not [name for name in spec.metrics if "segm" in name]
+    init_default_scope("mmdet")
+    for row in plan_rows(spec, "shapes"):
+        assert row.config.train_dataloader.dataset.data_root == "data/bccd/"
+        assert row.config.val_evaluator.metric == "bbox"
+        assert "mask_head" not in row.config.model.get("roi_head", {})
         with torch.device("meta"):
             MODELS.build(row.config.model)
 
