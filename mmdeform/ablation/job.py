@@ -55,6 +55,8 @@ class RunFolder:
 
     def is_locked(self) -> bool:
         """Whether a process trains it."""
+        if not self.path.is_dir():  # somebody removed it, to train it anew
+            return False
         with open(self.path / "lock", "a") as file:
             return not _try_lock(file, fcntl.LOCK_SH)
 

@@ -111,7 +111,14 @@ class Store:
         return sorted(found, key=lambda result: order.index(result.row))
 
     def retry(self) -> list[str]:
-        """Makes failed runs planned ones; returns their names."""
+        """Makes failed runs planned ones; returns their names.
+
+        Raises:
+            ValueError: The folder of a run was removed.
+        """
+        for _, _, run in self.runs():
+            if not run.config.is_file():
+                raise ValueError(f"{run.path} was removed: `run` with the spec makes it anew")
         retried = []
         for row, seed, run in self.runs():
             with run.lock() as lock:

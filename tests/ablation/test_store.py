@@ -1,6 +1,7 @@
 """What an ablation keeps, and what it does not mix."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,18 @@ def test_grows_but_does_not_change(tmp_path: Path) -> None:
         small_store(tmp_path, axes=dict(depth=values))
     assert Config.fromfile(tmp_path / "work/two/seed_0/config.py").model.depth == 2
     assert len(list(Store(tmp_path / "work").runs())) == 6
+
+
+def test_a_run_that_was_removed_is_planned_again(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    run = next(iter(store.runs()))[2]
+    run.set_status("failed", "x")
+    shutil.rmtree(run.path)
+    assert [result.status for result in store.results()] == ["planned"] * 4
+    with pytest.raises(ValueError, match=r"seed_0 was removed: `run` with the spec makes it anew"):
+        store.retry()
+    assert small_store(tmp_path).retry() == []
+    assert run.config.is_file()
 
 
 def test_keeps_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
