@@ -1,6 +1,7 @@
 """Plans: the config of each row, checked, and what its model costs."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -154,7 +155,8 @@ def with_costs(
 def measure(cfg: Config, repeats: int = 0) -> Cost:
     """Builds the model of a config and measures it; see :func:`with_costs`."""
     with _scope(cfg), torch.random.fork_rng(devices=[]):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        model = MODELS.build(copy.deepcopy(cfg.model))  # some models write into their configs
+        model = revert_sync_batchnorm(model)
         model.eval()
         inputs = make_inputs(model, config_shape(cfg))
         proposals = proposals_of(model)

@@ -301,7 +301,9 @@ def test_costs(detector: Config) -> None:
         detector,
         {"model.backbone.base_channels": 4, "model.neck.in_channels": [4, 8, 16, 32]},
     )
+    before = config_hash(detector)
     cost, smaller = measure(detector), measure(small, repeats=1)
+    assert config_hash(detector) == before  # mmdet's detectors write into theirs
     assert 1e6 < smaller.parameters < cost.parameters < 4e6
     assert 1e8 < smaller.macs < cost.macs < 1e9
     assert cost.latency_ms is None and smaller.latency_ms > 0 and smaller.peak_memory_bytes > 1e5
