@@ -164,7 +164,7 @@ def make_spec(content: Any, folder: Path) -> Spec:
         overrides=_mapping(content.get("overrides") or {}, "overrides"),
         resources=_resources(_mapping(content.get("resources") or {}, "resources")),
     )
-    return spec.with_data(content["data"]) if content.get("data") else spec
+    return spec if content.get("data") is None else spec.with_data(content["data"])
 
 
 def row_name(labels: Mapping[str, str]) -> str:

@@ -289,6 +289,11 @@ def test_data_without_masks_leave_the_metrics_of_boxes(tmp_path: Path) -> None:
         spec.with_data(boxes)
 
 
+def test_empty_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data: expected the keys root, classes"):
+        small_spec(tmp_path, data={})
+
+
 def test_a_detector_that_needs_masks_refuses_data_without() -> None:
     cfg = Config.fromfile(DETECTOR.parents[1] / "dcnv2/mask-rcnn_r50_shapes.py")
     cfg.model.type = "PointRend"
